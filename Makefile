@@ -1,0 +1,113 @@
+# Everything a clone needs. `make` alone lists it.
+#
+# PYTHON=python3.12 chooses the interpreter that makes .venv; otherwise the first
+# one that runs is taken. 3.11 and 3.12 come first: the embedded servers' wheels
+# exist for them.
+
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+VENV := .venv
+BIN := $(VENV)/bin
+DATA_DIR := $(or $(TASKQUEUE_DATA_DIR),.taskqueue)
+PYTEST_ARGS ?=
+
+# A candidate is run, not looked up: a pyenv shim may be there and fail.
+CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3 python3.13)
+FIND_PYTHON = for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    echo "$$candidate"; break; \
+	  fi; \
+	done
+
+##@ Everyday
+
+.PHONY: run
+run: $(VENV)/.embedded ## Run everything here; Ctrl-C ends it. PORT and TASKQUEUE_DATA_DIR may be set
+	@exec $(BIN)/taskqueue dev
+
+.PHONY: test
+test: $(VENV)/.dev ## Run every test that needs no cluster
+	@exec $(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## Lint, formatting, types, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: format
+format: $(VENV)/.dev ## Format the code, and repair what can be repaired safely
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+.PHONY: demo-faults
+demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
+	@exec $(BIN)/python -m app.dev.demo_faults
+
+##@ Rarely
+
+.PHONY: clean
+clean: ## Remove the data of the embedded servers, and caches; refuses while they run
+	@if [ -e "$(DATA_DIR)/lock" ]; then \
+	  python=$$($(FIND_PYTHON)); \
+	  "$$python" -c 'import fcntl, sys; fcntl.flock(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)' \
+	    "$(DATA_DIR)/lock" 2>/dev/null \
+	  || { echo "make clean: $(DATA_DIR) is in use: stop the running service first" >&2; exit 1; }; \
+	fi
+	@rm -rf -- "$(DATA_DIR)" .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+.PHONY: requirements
+requirements: $(VENV)/.python ## Compile the hash-pinned requirement files anew
+	@echo "Compiling requirements/*.txt ..."
+	@tools=$$(mktemp -d) && trap 'rm -rf "$$tools"' EXIT && $(BIN)/python -m venv "$$tools" \
+	&& "$$tools/bin/pip" install --quiet --disable-pip-version-check uv \
+	&& compile() { file=$$1; shift; "$$tools/bin/uv" pip compile --quiet --universal --python-version 3.11 \
+	     --prerelease if-necessary-or-explicit --generate-hashes --no-header --no-annotate \
+	     --no-emit-index-url --no-emit-find-links "$$@" --output-file "$$file" pyproject.toml; } \
+	&& compile requirements/image.txt \
+	&& compile requirements/embedded.txt --extra embedded \
+	&& compile requirements/dev.txt --extra embedded --extra dev
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# The virtual environment. Its stamps say what is in it: .python (itself), .embedded (what `make run`
+# needs), .dev (that and the tools). One environment serves both and only grows, so nothing that is
+# there is installed again, and nothing that is used is taken away.
+
+$(VENV)/.python:
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python 3.11 or newer among: $(CANDIDATES). Install one, or set PYTHON=/path/to/python" >&2; exit 1; \
+	fi; \
+	if ! "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  echo "make: $$python lacks venv or ensurepip. Install them (Debian: python3-venv), or set PYTHON" >&2; exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$python" --version) ..."; \
+	"$$python" -m venv $(VENV)
+	@touch $@
+
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+
+$(VENV)/.embedded: $(VENV)/.python requirements/embedded.txt pyproject.toml
+	@if [ ! -e $(VENV)/.dev ] || [ requirements/dev.txt -nt $(VENV)/.dev ] || [ pyproject.toml -nt $(VENV)/.dev ]; then \
+	  if [ -e $(VENV)/.dev ]; then $(MAKE) $(VENV)/.dev; else \
+	    echo "Installing requirements/embedded.txt ..." \
+	    && $(INSTALL) --require-hashes -r requirements/embedded.txt \
+	    && $(INSTALL) --no-build-isolation --no-deps -e .; \
+	  fi; \
+	fi
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python requirements/dev.txt pyproject.toml
+	@echo "Installing requirements/dev.txt ..."
+	@$(INSTALL) --require-hashes -r requirements/dev.txt
+	@$(INSTALL) --no-build-isolation --no-deps -e .
+	@touch $@

@@ -1,0 +1,184 @@
+"""The `taskqueue` command: one entrance for every process of the service.
+
+What a command needs is imported when it runs: `taskqueue config` must not wait
+for Celery, nor the API load what only workers use.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+import app
+from app.core import config, errors
+
+EXIT_SETTINGS = 2
+"""The exit code when a setting is missing or wrong."""
+
+MASK = "********"
+KEEPALIVE_SECONDS = 75
+"""How long the API keeps an idle connection: longer than load balancers do, so that they close first."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `taskqueue`; those of the process unless given.
+
+    Returns:
+        The exit code: 0; after one line on stderr 2 when a setting is missing or wrong, 1 when something
+        else that this service knows of went wrong.
+    """
+    chosen = _parser().parse_args(argv)
+    command: Callable[[], int | None] = chosen.run
+    try:
+        return command() or 0
+    except errors.SettingsError as wrong:
+        sys.stderr.write(f"taskqueue: {wrong}\n")
+        return EXIT_SETTINGS
+    except errors.TaskQueueError as failed:
+        sys.stderr.write(f"taskqueue: {failed}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="taskqueue",
+        description=app.__doc__,
+        epilog="Settings come from the environment, then from .env: see .env.example.",
+    )
+    parser.add_argument("--version", action="version", version=f"taskqueue {app.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    for name, (run, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, description=text).set_defaults(run=run)
+    return parser
+
+
+def _api() -> int | None:
+    settings = config.load()
+    from gunicorn.app.base import BaseApplication  # noqa: PLC0415
+
+    from app.main import create_app  # noqa: PLC0415
+
+    class Application(BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
+        """Gunicorn without its own command line, files and environment: `Settings` alone decide."""
+
+        def load_config(self) -> None:
+            for name, value in gunicorn_options(settings).items():
+                self.cfg.set(name, value)
+
+        def load(self) -> Any:
+            api = create_app(settings)
+            logging.getLogger("uvicorn.access").disabled = True  # metrics and traces say it better
+            return api
+
+    Application().run()
+    return None
+
+
+def gunicorn_options(settings: config.Settings) -> Mapping[str, Any]:
+    """How gunicorn serves the API: one uvicorn worker, whose master starts it again when it dies."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return {
+        "bind": f"{host}:{settings.port}",
+        "workers": 1,  # more of them are more pods
+        "worker_class": "uvicorn_worker.UvicornWorker",
+        "graceful_timeout": max(1, int(settings.grace_seconds)),
+        "keepalive": KEEPALIVE_SECONDS,
+        "accesslog": None,
+        "loglevel": settings.log_level.lower(),
+        "control_socket_disable": True,
+        "proc_name": "taskqueue api",
+    }
+
+
+def _worker() -> int | None:
+    settings = config.load()
+    from app.celery_app import run_worker  # noqa: PLC0415
+
+    run_worker(settings)
+    return None
+
+
+def _relay() -> int | None:
+    settings = config.load()
+    from app import relay  # noqa: PLC0415
+
+    relay.run(settings)
+    return None
+
+
+def _migrate() -> int | None:
+    settings = config.load()
+    from app import migrations  # noqa: PLC0415
+
+    migrations.migrate(settings)
+    return None
+
+
+def _dev() -> int | None:
+    from app.dev import supervisor  # noqa: PLC0415
+
+    return supervisor.run()
+
+
+def _config() -> int | None:
+    """Print every setting: its variable, its value, and whether it was set."""
+    settings = config.load()
+    rows = [
+        (
+            variable,
+            shown(getattr(settings, field)),
+            "set" if field in settings.model_fields_set else "default",
+        )
+        for variable, field in config.variables().items()
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for variable, value, origin in rows:
+        sys.stdout.write(f"{variable:<{widths[0]}}  {value:<{widths[1]}}  {origin}\n")
+    return None
+
+
+def shown(value: object) -> str:
+    """A setting as people may see it: secrets masked, a URL's password too, a list as it is written."""
+    if value is None:
+        return "-"
+    if isinstance(value, SecretStr):
+        return _url_shown(value.get_secret_value())
+    if isinstance(value, str) and "@" in value:
+        return _url_shown(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return " ".join(shown(item) for item in value) or "-"
+    return str(value)
+
+
+def _url_shown(secret: str) -> str:
+    parts = urlsplit(secret)
+    if not parts.scheme or not parts.hostname:
+        return MASK
+    host = parts.netloc.rpartition("@")[2]
+    user = f"{parts.username or ''}:{MASK}@" if parts.password else f"{parts.username}@" if parts.username else ""
+    return f"{parts.scheme}://{user}{host}{parts.path}"
+
+
+COMMANDS: Mapping[str, tuple[Callable[[], int | None], str]] = {
+    "api": (_api, "serve the HTTP API"),
+    "worker": (_worker, "run tasks"),
+    "relay": (_relay, "publish what is due, reap what was lost, deliver webhooks"),
+    "migrate": (_migrate, "bring the database's tables up to date"),
+    "dev": (_dev, "run everything on this machine, with a Redis and a Postgres of its own"),
+    "config": (_config, "print the settings in force, secrets masked"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

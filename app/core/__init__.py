@@ -1,0 +1,1 @@
+"""What every process needs and what needs nothing else: settings, errors, backoff, telemetry."""

@@ -1,0 +1,34 @@
+"""How long to wait before the next try, as pure functions."""
+
+import random
+from collections.abc import Sequence
+
+LOST_WORKER_CAP_SECONDS = 60.0
+
+
+def lost_worker_wait(losses: int) -> float:
+    """Seconds before a task runs again whose worker was lost for the `losses`-th time.
+
+    The first loss is nobody's pattern, so the task runs again at once; from the
+    second on the wait doubles from one second up to a minute.
+    """
+    if losses <= 1:
+        return 0.0
+    return float(min(2.0 ** (losses - 2), LOST_WORKER_CAP_SECONDS))
+
+
+def reconnect_wait(failures: int, *, cap_seconds: float = 2.0) -> float:
+    """Seconds before a connection is tried again, with full jitter so that a fleet does not march in step."""
+    return random.uniform(0.0, min(cap_seconds, 0.1 * 2.0 ** min(failures, 10)))  # noqa: S311  # jitter is no secret
+
+
+def scheduled_wait(schedule: Sequence[float], attempt: int, *, jitter: float = 0.2) -> float | None:
+    """Seconds from the failed `attempt` (1 is the first) to the next, or None when the schedule is spent.
+
+    `schedule[0]` is the wait before the first attempt, so attempt `n` is followed
+    by `schedule[n]`, spread by ±`jitter` (Standard Webhooks, "Deliverability and
+    reliability").
+    """
+    if attempt >= len(schedule):
+        return None
+    return schedule[attempt] * random.uniform(1.0 - jitter, 1.0 + jitter)  # noqa: S311  # jitter is no secret

@@ -1,0 +1,135 @@
+"""Every error that this service raises on purpose.
+
+    TaskQueueError
+    ├── SettingsError             a setting is missing or wrong; the process stops
+    ├── DatabaseUnavailable       Postgres can't be reached, or not within the time allowed
+    ├── BrokerUnavailable         Redis can't be reached, or refuses to write
+    ├── EnvelopeError             a message that is not one of ours
+    ├── TaskDeclarationError      a task that can't be registered as it is written
+    └── RequestError              the caller's fault, rendered as a problem (RFC 9457)
+        ├── MalformedBody         400
+        ├── TaskNotFound          404
+        ├── ResultExpired         410
+        ├── PayloadTooLarge       413
+        ├── UnsupportedMediaType  415
+        ├── ValidationFailed      422
+        └── ServiceUnavailable    503, with Retry-After
+
+The message of each is a sentence for the person who reads it. It names fields
+and settings, never values: a value may be a secret.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+FIELD_NAME_LIMIT = 64
+"""Characters of a caller's field name that an error repeats."""
+
+
+class TaskQueueError(Exception):
+    """Anything that this service raises on purpose."""
+
+
+class SettingsError(TaskQueueError):
+    """A setting is missing or wrong. The message is one line that names the variable."""
+
+
+class DatabaseUnavailable(TaskQueueError):
+    """Postgres can't be reached, or did not answer in time."""
+
+
+class BrokerUnavailable(TaskQueueError):
+    """Redis can't be reached, did not answer in time, or refuses to write."""
+
+
+class EnvelopeError(TaskQueueError):
+    """A message on a queue is not one that this service wrote."""
+
+
+class TaskDeclarationError(TaskQueueError):
+    """A task function can't be registered: an untyped parameter, a name twice, an option unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One field at fault.
+
+    Attributes:
+        pointer: JSON Pointer (RFC 6901) into the request body, such as `/kwargs/x`.
+        detail: what is wrong with it, without repeating its value.
+    """
+
+    pointer: str
+    detail: str
+
+
+def pointer(*parts: str | int) -> str:
+    """The JSON Pointer of a field (RFC 6901), each part cut to `FIELD_NAME_LIMIT` characters."""
+    escaped = (str(part)[:FIELD_NAME_LIMIT].replace("~", "~0").replace("/", "~1") for part in parts)
+    return "".join("/" + part for part in escaped)
+
+
+class RequestError(TaskQueueError):
+    """The caller's fault. `status`, `slug` and `title` are stable; `detail` is for people."""
+
+    status: ClassVar[int] = 400
+    slug: ClassVar[str] = "bad-request"
+    title: ClassVar[str] = "Bad request"
+
+    def __init__(
+        self, detail: str, *, errors: Sequence[FieldError] = (), retry_after_seconds: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = tuple(errors)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class MalformedBody(RequestError):
+    """The body is not the JSON that this service reads."""
+
+    slug, title = "malformed-body", "Malformed body"
+
+
+class TaskNotFound(RequestError):
+    """No task has this id."""
+
+    status, slug, title = 404, "task-not-found", "Task not found"
+
+    def __init__(self) -> None:
+        super().__init__("No task has this id")
+
+
+class ResultExpired(RequestError):
+    """The task ended so long ago that its result is gone."""
+
+    status, slug, title = 410, "result-expired", "Result expired"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is larger than this service reads."""
+
+    status, slug, title = 413, "payload-too-large", "Payload too large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body says that it is something else than JSON."""
+
+    status, slug, title = 415, "unsupported-media-type", "Unsupported media type"
+
+
+class ValidationFailed(RequestError):
+    """Fields are missing, unknown or wrong; `errors` names each."""
+
+    status, slug, title = 422, "validation-failed", "Validation failed"
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        named = ", ".join(error.pointer or "the body" for error in errors[:5])
+        super().__init__(f"The request is not valid: see {named}", errors=errors)
+
+
+class ServiceUnavailable(RequestError):
+    """Try again later: the database is away, or the backlog is full."""
+
+    status, slug, title = 503, "service-unavailable", "Service unavailable"

@@ -1,0 +1,95 @@
+"""Prometheus metrics, in one place, on a port of their own.
+
+The relay alone exports the state of the queues, so that replicas of the API
+don't add up to a multiple of it; with two relays, take the maximum.
+
+No label has a value that a client can make up: tasks and queues are counted
+only once they are known.
+"""
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+import app
+from app.core import errors
+
+REGISTRY = CollectorRegistry()
+
+_SUBMITTED = Counter(
+    "taskqueue_tasks_submitted",
+    "Tasks that were accepted.",
+    ["task", "queue", "outcome"],
+    registry=REGISTRY,
+)
+_REJECTED = Counter(
+    "taskqueue_submit_rejected", "Submits that were refused, by kind of problem.", ["reason"], registry=REGISTRY
+)
+_BUILD = Gauge("taskqueue_build_info", "What runs here; always 1.", ["version", "python"], registry=REGISTRY)
+_BUILD.labels(version=app.__version__, python=platform.python_version()).set(1)
+
+
+def submitted(task: str, queue: str) -> None:
+    """Count a task that was accepted."""
+    _SUBMITTED.labels(task=task, queue=queue, outcome="accepted").inc()
+
+
+@contextlib.contextmanager
+def counting_rejections() -> Iterator[None]:
+    """Count whatever problem leaves the block, by its kind."""
+    try:
+        yield
+    except errors.RequestError as problem:
+        _REJECTED.labels(reason=problem.slug).inc()
+        raise
+    except errors.DatabaseUnavailable:
+        _REJECTED.labels(reason=errors.ServiceUnavailable.slug).inc()
+        raise
+
+
+_QUEUE_DEPTH = Gauge(
+    "taskqueue_queue_depth", "Messages that wait in Redis. Aggregate with max.", ["queue"], registry=REGISTRY
+)
+_TASKS = Gauge("taskqueue_tasks", "Unfinished tasks. Aggregate with max.", ["queue", "state"], registry=REGISTRY)
+
+
+def show_queue(queue: str, *, depth: int, waiting: int, running: int) -> None:
+    """Show the state of a queue: messages in Redis, waiting and running tasks in Postgres."""
+    _QUEUE_DEPTH.labels(queue=queue).set(depth)
+    _TASKS.labels(queue=queue, state="waiting").set(waiting)
+    _TASKS.labels(queue=queue, state="running").set(running)
+
+
+def hide_queues() -> None:
+    """Take the queues' series away: their source does not answer, and a 0 would look like an empty queue."""
+    _QUEUE_DEPTH.clear()
+    _TASKS.clear()
+
+
+def serve(port: int) -> Callable[[], None]:
+    """Serve the metrics on all addresses, in a thread of their own.
+
+    Args:
+        port: TCP port; 0 serves none.
+
+    Returns:
+        What ends it.
+
+    Raises:
+        SettingsError: if the port can't be had.
+    """
+    if port == 0:
+        return lambda: None
+    try:
+        server, thread = start_http_server(port, registry=REGISTRY)
+    except OSError as taken:
+        raise errors.SettingsError(f"TASKQUEUE_METRICS_PORT is wrong: {taken.strerror or 'no such port'}") from taken
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return close

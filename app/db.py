@@ -1,0 +1,141 @@
+"""The way to Postgres: a small pool, a deadline on everything, and one error when it is away.
+
+Statements live in `lifecycle` and `delivery`; this module only carries them.
+They go over asyncpg directly, prepared once per connection, because one round
+trip is all that a claim or a settle may cost. The tables themselves are
+SQLModel's (`models`), and Alembic compares the two.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import asyncpg
+
+from app.core import backoff, errors
+
+CONNECT_TIMEOUT_SECONDS = 5.0
+STATEMENT_TIMEOUT_SECONDS = 10.0
+
+Record = asyncpg.Record
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_UNREACHABLE = (
+    OSError,  # refused, reset, no route; TimeoutError is one too
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,  # the connection closed under the statement
+    asyncpg.CannotConnectNowError,  # starting up or shutting down
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby after a failover
+    asyncpg.DiskFullError,
+)
+
+
+class Database:
+    """A pool of connections to one Postgres. Connections are made on demand and replaced when they break."""
+
+    def __init__(self, dsn: str, *, max_connections: int, application_name: str) -> None:
+        self._dsn = dsn
+        self._max_connections = max_connections
+        self._application_name = application_name
+        self._pool: asyncpg.Pool[Record] | None = None
+        self._opening = asyncio.Lock()
+
+    async def fetch(self, sql: str, *args: object) -> list[Record]:
+        """All rows of one statement.
+
+        Raises:
+            DatabaseUnavailable: if Postgres can't be reached or does not answer in time. The statement
+                may have been applied all the same.
+        """
+        async with self._connection() as connection:
+            return list(await connection.fetch(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS))
+
+    async def fetchrow(self, sql: str, *args: object) -> Record | None:
+        """The first row of one statement, or None. Raises as `fetch`."""
+        async with self._connection() as connection:
+            row: Record | None = await connection.fetchrow(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS)
+            return row
+
+    async def fetchval(self, sql: str, *args: object) -> Any:
+        """The first column of the first row, or None. Raises as `fetch`."""
+        async with self._connection() as connection:
+            return await connection.fetchval(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS)
+
+    async def execute(self, sql: str, *args: object) -> str:
+        """Run one statement for its effect; returns the command tag. Raises as `fetch`."""
+        async with self._connection() as connection:
+            return str(await connection.execute(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS))
+
+    async def ping(self) -> None:
+        """One round trip. Raises as `fetch`."""
+        await self.fetchval("SELECT 1")
+
+    async def close(self) -> None:
+        """Close every connection at once; statements in flight are abandoned."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
+        try:
+            pool = await self._opened()
+            connection = await pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+        except _UNREACHABLE as away:
+            raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(away).__name__})") from away
+        try:
+            yield connection
+        except _UNREACHABLE as away:
+            # Whatever state the connection is in, nobody should get it next.
+            connection.terminate()
+            raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(away).__name__})") from away
+        finally:
+            with contextlib.suppress(*_UNREACHABLE):
+                await pool.release(connection)
+
+    async def _opened(self) -> "asyncpg.Pool[Record]":
+        async with self._opening:
+            if self._pool is None:
+                self._pool = await asyncpg.create_pool(
+                    self._dsn,
+                    min_size=0,
+                    max_size=self._max_connections,
+                    max_inactive_connection_lifetime=0,
+                    timeout=CONNECT_TIMEOUT_SECONDS,
+                    server_settings={"application_name": self._application_name, "jit": "off"},
+                )
+            return self._pool
+
+
+async def insist(operation: Callable[[], Awaitable[T]], *, what: str) -> T:
+    """Repeat `operation` until Postgres answers, for as long as this process lives.
+
+    A claim, a renewal or a settle must not be given up because Postgres is being
+    restarted: the task would be billed for a fault of ours. `operation` must be
+    safe to repeat, since a lost answer may hide a statement that was applied.
+    """
+    failures = 0
+    while True:
+        try:
+            return await operation()
+        except errors.DatabaseUnavailable as away:
+            failures += 1
+            if failures == 1 or failures % 20 == 0:
+                log.warning("%s waits for Postgres: %s", what, away)
+            await asyncio.sleep(backoff.reconnect_wait(failures))
+
+
+async def revision(database: Database) -> str | None:
+    """The revision of the tables; None if they were never migrated. Raises as `Database.fetch`."""
+    try:
+        found = await database.fetchval("SELECT version_num FROM alembic_version")
+    except asyncpg.UndefinedTableError:
+        return None
+    return None if found is None else str(found)

@@ -1,0 +1,162 @@
+"""What may be asked about tasks. Reads take no locks and change nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from app.db import Database
+from app.lifecycle.rules import Budgets, Claim, Error
+from app.lifecycle.writes import Ended
+from app.models import TERMINAL, TaskStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskView:
+    """Everything that is shown of a task but its arguments and result."""
+
+    id: UUID
+    name: str
+    queue: str
+    status: TaskStatus
+    attempt: int
+    failures: int
+    max_retries: int
+    tags: tuple[str, ...]
+    created_at: datetime
+    run_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    expires_at: datetime | None
+    time_limit: float | None
+    progress: float | None
+    progress_message: str | None
+    error: Error | None
+    cancel_requested: bool
+    rerun_of: UUID | None
+    webhook_url: str | None
+    webhook_status: str | None
+    webhook_attempt: int | None
+    webhook_next_at: datetime | None
+
+
+_VIEW = """
+SELECT t.id, t.name, t.queue, t.status, t.attempt, t.failures, t.max_retries, t.tags, t.created_at, t.run_at,
+       t.started_at, t.finished_at, t.expires_at, t.time_limit, t.progress, t.progress_message,
+       t.error_type, t.error_message, t.error_traceback, t.cancel_requested, t.rerun_of, t.webhook_url,
+       d.status AS webhook_status, d.attempt AS webhook_attempt, d.next_at AS webhook_next_at
+  FROM task t
+  LEFT JOIN LATERAL (SELECT status, attempt, next_at FROM webhook_delivery
+                      WHERE task_id = t.id ORDER BY sequence DESC LIMIT 1) d ON true
+ WHERE t.id = $1
+"""
+
+
+async def view(db: Database, task_id: UUID) -> TaskView | None:
+    """Everything known about a task, with the state of its newest webhook; None if unknown."""
+    row = await db.fetchrow(_VIEW, task_id)
+    if row is None:
+        return None
+    columns = dict(row)
+    error_type, message, traceback = (columns.pop("error_" + part) for part in ("type", "message", "traceback"))
+    status = TaskStatus(columns.pop("status"))
+    # A retried task that succeeds keeps what its failed attempts said in its row; it is not its end.
+    shown = error_type is not None and status is not TaskStatus.SUCCESS
+    error = Error(type=error_type, message=message or "", traceback=traceback) if shown else None
+    return TaskView(status=status, tags=tuple(columns.pop("tags")), error=error, **columns)
+
+
+async def status(db: Database, task_id: UUID) -> TaskStatus | None:
+    """A task's status; None if unknown."""
+    found = await db.fetchval("SELECT status FROM task WHERE id = $1", task_id)
+    return None if found is None else TaskStatus(found)
+
+
+_RESULT = "SELECT id, status, result, error_type, error_message, error_traceback FROM task WHERE id = $1"
+
+
+async def result(db: Database, task_id: UUID) -> tuple[TaskStatus, Ended | None] | None:
+    """A task's status and, if it has ended, how; None if unknown."""
+    row = await db.fetchrow(_RESULT, task_id)
+    if row is None:
+        return None
+    found = TaskStatus(row["status"])
+    if found not in TERMINAL:
+        return found, None
+    error = None
+    if found is not TaskStatus.SUCCESS:
+        error = Error(type=row["error_type"], message=row["error_message"] or "", traceback=row["error_traceback"])
+    return found, Ended(task_id=task_id, status=found, result=row["result"], error=error)
+
+
+# `pg_postmaster_start_time`: leases that ran out while Postgres was away ran out for a fault of ours.
+_EXPIRED_LEASES = """
+SELECT id, attempt, token, failures, crashes, losses, max_retries FROM task
+ WHERE queue = $1 AND status = 'STARTED' AND lease_until < now()
+   AND pg_postmaster_start_time() < now() - make_interval(secs => $2)
+ ORDER BY id LIMIT $3
+"""
+
+
+async def expired_leases(db: Database, queue: str, *, lease_seconds: float, limit: int) -> list[tuple[Claim, Budgets]]:
+    """Running tasks of a queue whose lease has run out, unless Postgres itself (re)started within a lease."""
+    rows = await db.fetch(_EXPIRED_LEASES, queue, lease_seconds, limit)
+    return [
+        (
+            Claim(row["id"], row["attempt"], row["token"]),
+            Budgets(
+                failures=row["failures"],
+                crashes=row["crashes"],
+                losses=row["losses"],
+                max_retries=row["max_retries"],
+            ),
+        )
+        for row in rows
+    ]
+
+
+async def budgets(db: Database, held: Claim) -> Budgets | None:
+    """What the task of a claim has spent; None if the claim no longer holds."""
+    row = await db.fetchrow(
+        "SELECT failures, crashes, losses, max_retries FROM task"
+        " WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED'",
+        held.task_id,
+        held.attempt,
+        held.token,
+    )
+    return None if row is None else Budgets(**dict(row))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueCounts:
+    """Unfinished tasks of one queue.
+
+    Attributes:
+        oldest_due_seconds: since when the longest-waiting due task has been due; None if none waits.
+    """
+
+    queue: str
+    waiting: int
+    running: int
+    oldest_due_seconds: float | None
+
+
+_QUEUE_COUNTS = """
+SELECT q.queue,
+       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY')) AS waiting,
+       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running,
+       (SELECT extract(epoch FROM now() - min(run_at))::float8 FROM task t
+         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.run_at <= now()) AS oldest_due_seconds
+  FROM unnest($1::text[]) AS q (queue)
+"""
+
+
+async def queue_counts(db: Database, queues: Sequence[str]) -> list[QueueCounts]:
+    """How many tasks wait and run, per queue."""
+    return [QueueCounts(**dict(row)) for row in await db.fetch(_QUEUE_COUNTS, list(queues))]
+
+
+async def clock(db: Database) -> datetime:
+    """Postgres's time, the only one that counts."""
+    now: datetime = await db.fetchval("SELECT clock_timestamp()")
+    return now

@@ -1,0 +1,209 @@
+"""The tables. The database repeats the law of `lifecycle` in its CHECKs: no path around the code breaks it.
+
+A row of `task` is the task: its arguments, its budgets and its end. Redis holds
+at most a hint to it. A row of `webhook_delivery` is one event that somebody
+is to hear of.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    Sequence,
+    SmallInteger,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlmodel import Field, SQLModel
+
+
+class TaskStatus(StrEnum):
+    """The six public statuses, in Celery's own words."""
+
+    PENDING = "PENDING"
+    """Not claimed yet, or handed back by a worker that stopped."""
+    STARTED = "STARTED"
+    """A worker holds its lease."""
+    RETRY = "RETRY"
+    """An attempt was spent; it runs again when `run_at` has come."""
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    REVOKED = "REVOKED"
+    """Cancelled, or expired before it ran."""
+
+
+WAITING = frozenset({TaskStatus.PENDING, TaskStatus.RETRY})
+TERMINAL = frozenset({TaskStatus.SUCCESS, TaskStatus.FAILURE, TaskStatus.REVOKED})
+
+
+class DeliveryStatus(StrEnum):
+    """What became of a webhook."""
+
+    PENDING = "pending"
+    """To be sent when `next_at` has come."""
+    DELIVERING = "delivering"
+    """A relay holds its lease and is sending it."""
+    DELIVERED = "delivered"
+    EXHAUSTED = "exhausted"
+    """Every attempt of the schedule failed, or the receiver can never be reached."""
+
+
+task_position = Sequence("task_position", metadata=SQLModel.metadata)
+"""Publish positions: each message's place in line, so that a lost one is missed."""
+
+
+def _words(values: frozenset[TaskStatus] | type[StrEnum]) -> str:
+    return ", ".join(f"'{value}'" for value in sorted(str(value) for value in values))
+
+
+_WAITING = f"status IN ({_words(WAITING)})"
+
+
+class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin trips over the field `kwargs`
+    """One task that a client submitted."""
+
+    __tablename__ = "task"
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_words(TaskStatus)})", name="task_status_known"),
+        CheckConstraint("(status = 'STARTED') = (lease_until IS NOT NULL)", name="task_leased_iff_started"),
+        CheckConstraint("status <> 'STARTED' OR token IS NOT NULL", name="task_fenced_while_started"),
+        CheckConstraint(
+            f"(status IN ({_words(TERMINAL)})) = (finished_at IS NOT NULL)", name="task_finished_iff_terminal"
+        ),
+        CheckConstraint("(status = 'SUCCESS') = (result IS NOT NULL)", name="task_result_iff_success"),
+        CheckConstraint("status NOT IN ('FAILURE', 'REVOKED') OR error_type IS NOT NULL", name="task_error_named"),
+        CheckConstraint("failures BETWEEN 0 AND max_retries + 1", name="task_failures_in_budget"),
+        CheckConstraint("max_retries BETWEEN 0 AND 100", name="task_max_retries_range"),
+        CheckConstraint("attempt >= 0 AND crashes >= 0 AND losses >= 0 AND refusals >= 0", name="task_counts_positive"),
+        CheckConstraint("progress BETWEEN 0 AND 1", name="task_progress_fraction"),
+        CheckConstraint("length(queue) BETWEEN 1 AND 64", name="task_queue_length"),
+        CheckConstraint("length(name) BETWEEN 1 AND 255", name="task_name_length"),
+        CheckConstraint("length(webhook_url) <= 2048", name="task_webhook_url_length"),
+        CheckConstraint("length(traceparent) <= 64", name="task_traceparent_length"),
+        # Waiting rows without a message: held back (with a position), or to be published when due (without).
+        Index(
+            "task_unpublished", "queue", "run_at", "id", postgresql_where=text(f"{_WAITING} AND published_at IS NULL")
+        ),
+        Index(
+            "task_handed_back",
+            "queue",
+            "position",
+            postgresql_where=text(f"{_WAITING} AND published_at IS NULL AND position IS NOT NULL"),
+        ),
+        # Waiting rows that should have a message, in the order of the line: the search for lost ones.
+        Index("task_published", "queue", "position", postgresql_where=text(f"{_WAITING} AND published_at IS NOT NULL")),
+        # `lease_until` is in no index, so that a renewal is a heap-only update.
+        Index("task_started", "queue", "id", postgresql_where=text("status = 'STARTED'")),
+        Index(
+            "task_expiring",
+            "queue",
+            "expires_at",
+            postgresql_where=text(f"{_WAITING} AND expires_at IS NOT NULL"),
+        ),
+        Index("task_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        {"postgresql_with": {"fillfactor": 85, "autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    """A UUIDv7 made by whoever submits; also the Celery task id."""
+    name: str = Field(sa_column=Column(Text, nullable=False))
+    queue: str = Field(sa_column=Column(Text, nullable=False))
+    args: list[Any] = Field(sa_column=Column(JSON, nullable=False))
+    kwargs: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    tags: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False, server_default=text("'{}'")))
+    webhook_url: str | None = Field(default=None, sa_column=Column(Text))
+    rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    """The ended task that this one runs again."""
+    traceparent: str | None = Field(default=None, sa_column=Column(Text))
+    """The W3C trace context of the submit, which every attempt and webhook continues."""
+
+    status: TaskStatus = Field(
+        default=TaskStatus.PENDING, sa_column=Column(Text, nullable=False, server_default=text("'PENDING'"))
+    )
+    attempt: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """Counts claims and only grows; with `token` it is the fence."""
+    token: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    """Random, written by each claim: an attempt number can be given out twice when Postgres dies, this can't."""
+    lease_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    worker: str | None = Field(default=None, sa_column=Column(Text))
+    cancel_requested: bool = Field(
+        default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false"))
+    )
+
+    max_retries: int = Field(default=3, sa_column=Column(SmallInteger, nullable=False, server_default=text("3")))
+    failures: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Runs that failed; spends `max_retries`."""
+    crashes: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Deaths of the task's own process."""
+    losses: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Leases that expired because a whole worker or node was lost: not the task's fault."""
+    refusals: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Workers that took its message and did not know the task."""
+    time_limit: float | None = Field(default=None, sa_column=Column(Float))
+    """Seconds that one attempt may take."""
+
+    position: int | None = Field(default=None, sa_column=Column(BigInteger))
+    """Its message's place in line; kept when the message is pushed again."""
+    published_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When a message was last pushed for it; NULL: none is under way."""
+    run_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    started_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When its newest attempt began."""
+    finished_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+
+    progress: float | None = Field(default=None, sa_column=Column(Float))
+    progress_message: str | None = Field(default=None, sa_column=Column(Text))
+    result: Any | None = Field(default=None, sa_column=Column(JSON))
+    error_type: str | None = Field(default=None, sa_column=Column(Text))
+    error_message: str | None = Field(default=None, sa_column=Column(Text))
+    error_traceback: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class WebhookDelivery(SQLModel, table=True):
+    """One event of one task, to be delivered to one URL. Its id is the `webhook-id` of every attempt."""
+
+    __tablename__ = "webhook_delivery"
+    __table_args__ = (
+        CheckConstraint(f"status IN ({_words(DeliveryStatus)})", name="delivery_status_known"),
+        CheckConstraint("(status = 'delivering') = (lease_until IS NOT NULL)", name="delivery_leased_iff_delivering"),
+        CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivery_dated"),
+        Index("webhook_delivery_event", "task_id", "sequence", unique=True),
+        Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
+        Index("webhook_delivery_leased", "lease_until", postgresql_where=text("status = 'delivering'")),
+    )
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    task_id: UUID = Field(sa_column=Column(ForeignKey("task.id", ondelete="CASCADE"), nullable=False))
+    event: str = Field(sa_column=Column(Text, nullable=False))
+    sequence: int = Field(sa_column=Column(Integer, nullable=False))
+    """Its place among the events of its task, so that a receiver can drop stale ones."""
+    url: str = Field(sa_column=Column(Text, nullable=False))
+    status: DeliveryStatus = Field(
+        default=DeliveryStatus.PENDING, sa_column=Column(Text, nullable=False, server_default=text("'pending'"))
+    )
+    attempt: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    token: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    lease_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    next_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    delivered_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    last_status_code: int | None = Field(default=None, sa_column=Column(SmallInteger))
+    last_error: str | None = Field(default=None, sa_column=Column(Text))
+    """Why the newest attempt failed, one of the words of `utils.webhook`."""

@@ -1,0 +1,465 @@
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from app import lifecycle
+from app.broker import END_OF_LINE
+from app.core import ids
+from app.core.config import Settings
+from app.db import Database
+from app.lifecycle import Budgets, Claim, Crashed, Error, Failed, Interrupted, Lost, RetryAsked, Succeeded, decide
+from app.models import TaskStatus
+from tests.support.database import events, opened, row, started, submitted
+
+HOOK = "https://example.com/hook"
+BOOM = Error(type="ValueError", message="boom", traceback="Traceback …")
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[Database]:
+    async with opened(settings) as database:
+        yield database
+
+
+async def test_a_submitted_task_is_there_and_asks_for_its_message_to_be_pushed(db: Database) -> None:
+    new = lifecycle.NewTask(
+        id=ids.uuid7(),
+        name="sample.echo",
+        queue="default",
+        args='[{"b": 1, "a": 12345678901234567890}]',
+        tags=("x", "y"),
+        webhook_url=HOOK,
+        time_limit=1.5,
+        traceparent="00-" + "1" * 32 + "-" + "2" * 16 + "-01",
+    )
+
+    bell = await lifecycle.submit(db, new)
+
+    assert bell is not None
+    assert (bell.task_id, bell.attempt, bell.overdue, bell.time_limit) == (new.id, 0, False, 1.5)
+    stored = await row(db, new.id)
+    assert (stored["status"], stored["position"]) == ("PENDING", bell.position)
+    assert stored["args"] == new.args, "arguments are kept to the letter"
+    assert stored["published_at"] is not None
+
+
+async def test_a_task_with_a_countdown_is_not_pushed_before_it_is_due(db: Database) -> None:
+    for delay in (
+        {"delay_seconds": 60.0},
+        {"due_at": datetime.now(UTC) + timedelta(minutes=1)},
+    ):
+        new = lifecycle.NewTask(id=ids.uuid7(), name="sample.echo", queue="default", **delay)
+        assert await lifecycle.submit(db, new) is None
+    assert await lifecycle.take_due(db, "default", limit=10) == []
+
+
+async def test_the_same_id_submitted_twice_is_one_task(db: Database) -> None:
+    new = lifecycle.NewTask(id=ids.uuid7(), name="sample.echo", queue="default")
+
+    assert await lifecycle.submit(db, new) is not None
+    assert await lifecycle.submit(db, replace(new, name="sample.fail")) is None
+    assert (await row(db, new.id))["name"] == "sample.echo"
+
+
+async def test_while_rows_are_held_back_new_ones_queue_up_behind_them(db: Database) -> None:
+    first = lifecycle.NewTask(id=ids.uuid7(), name="sample.echo", queue="default")
+    second, other = replace(first, id=ids.uuid7()), replace(first, id=ids.uuid7(), queue="other")
+
+    assert await lifecycle.submit(db, first, hold_back=True) is None
+    assert await lifecycle.submit(db, second) is None, "it would overtake"
+    assert await lifecycle.submit(db, other) is not None, "another queue is not concerned"
+
+    bells = await lifecycle.take_due(db, "default", limit=10)
+    assert [bell.task_id for bell in bells] == [first.id, second.id]
+    assert bells[0].position < bells[1].position
+    assert await lifecycle.submit(db, replace(first, id=ids.uuid7())) is not None
+
+
+async def test_a_claim_starts_the_task_and_returns_what_to_run(db: Database) -> None:
+    task_id = await submitted(db, args="[1]", kwargs='{"x": 2}')
+
+    claimed = await started(db, task_id)
+
+    assert (claimed.claim.attempt, claimed.args, claimed.kwargs) == (1, "[1]", '{"x": 2}')
+    stored = await row(db, task_id)
+    assert (stored["status"], stored["attempt"], stored["worker"]) == ("STARTED", 1, "test")
+    assert stored["token"] == claimed.claim.token
+    assert stored["lease_until"] > stored["started_at"]
+
+
+async def test_only_one_of_two_claims_wins_and_the_winner_may_repeat_it(db: Database) -> None:
+    task_id = await submitted(db)
+    mine, theirs = Claim(task_id, 1, uuid4()), Claim(task_id, 1, uuid4())
+
+    async def claim(wanted: Claim) -> lifecycle.Claimed | None:
+        return await lifecycle.claim(db, wanted, name="sample.echo", worker="w", lease_seconds=30)
+
+    assert sum(won is not None for won in await asyncio.gather(*map(claim, (mine, theirs)))) == 1
+    winner = Claim(task_id, 1, (await row(db, task_id))["token"])
+    assert await claim(winner) is not None, "a claim whose answer was lost is repeated"
+    assert (await row(db, task_id))["attempt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("attempt", "name"), [(2, "sample.echo"), (1, "sample.crash")], ids=["a stale attempt", "another task's name"]
+)
+async def test_a_message_that_does_not_fit_the_row_claims_nothing(db: Database, attempt: int, name: str) -> None:
+    task_id = await submitted(db)
+
+    wanted = Claim(task_id, attempt, uuid4())
+    assert await lifecycle.claim(db, wanted, name=name, worker="w", lease_seconds=30) is None
+    assert (await row(db, task_id))["status"] == "PENDING"
+
+
+async def test_a_task_that_is_early_expired_or_cancelled_is_not_claimed(db: Database) -> None:
+    early = await submitted(db, delay_seconds=60.0)
+    expired = await submitted(db, expires_in_seconds=0.0)
+    cancelled = await submitted(db)
+    await lifecycle.cancel(db, cancelled)
+
+    for task_id in (early, expired, cancelled, uuid4()):
+        wanted = Claim(task_id, 1, uuid4())
+        assert await lifecycle.claim(db, wanted, name="sample.echo", worker="w", lease_seconds=30) is None
+
+
+async def test_success_is_written_with_its_result_and_its_event_at_once(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    claimed = await started(db, task_id)
+
+    settled = await lifecycle.settle(db, claimed.claim, decide(Budgets(), Succeeded('{"b":1,"a":2}')))
+
+    assert settled is not None
+    assert settled.ended == lifecycle.Ended(
+        task_id=task_id, status=TaskStatus.SUCCESS, result='{"b":1,"a":2}', error=None
+    )
+    stored = await row(db, task_id)
+    assert (stored["status"], stored["result"], stored["lease_until"]) == ("SUCCESS", '{"b":1,"a":2}', None)
+    assert await events(db, task_id) == ["task.succeeded"]
+
+
+async def test_a_task_without_a_webhook_makes_no_event(db: Database) -> None:
+    task_id = await submitted(db)
+    claimed = await started(db, task_id)
+    await lifecycle.settle(db, claimed.claim, decide(Budgets(), Failed(BOOM)))
+
+    assert (await row(db, task_id))["error_type"] == "ValueError"
+    assert await events(db, task_id) == []
+
+
+async def test_a_settle_repeated_after_a_lost_answer_says_the_same_and_writes_nothing(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    claimed = await started(db, task_id)
+    transition = decide(Budgets(), Succeeded("1"))
+
+    first = await lifecycle.settle(db, claimed.claim, transition)
+    finished_at = (await row(db, task_id))["finished_at"]
+
+    assert await lifecycle.settle(db, claimed.claim, transition) == first
+    assert (await row(db, task_id))["finished_at"] == finished_at
+    assert await events(db, task_id) == ["task.succeeded"]
+
+
+@pytest.mark.parametrize("forged", ["attempt", "token"])
+async def test_a_settle_with_another_fence_is_superseded(db: Database, forged: str) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    claim = (await started(db, task_id)).claim
+    fence = replace(claim, attempt=2) if forged == "attempt" else replace(claim, token=uuid4())
+
+    assert await lifecycle.settle(db, fence, decide(Budgets(), Succeeded("1"))) is None
+    assert (await row(db, task_id))["status"] == "STARTED"
+    assert await events(db, task_id) == []
+
+
+async def test_a_worker_that_was_presumed_dead_writes_nothing(db: Database) -> None:
+    task_id = await submitted(db)
+    zombie = (await started(db, task_id, lease_seconds=0.0)).claim
+    assert await lifecycle.reap(db, zombie, decide(Budgets(), Lost())) is not None
+    successor = (await started(db, task_id)).claim
+
+    assert await lifecycle.settle(db, zombie, decide(Budgets(), Succeeded('"stale"'))) is None
+    assert await lifecycle.settle(db, successor, decide(Budgets(), Succeeded('"fresh"'))) is not None
+    assert (await row(db, task_id))["result"] == '"fresh"'
+
+
+async def test_what_another_settled_for_a_claim_is_not_taken_for_its_own(db: Database) -> None:
+    task_id = await submitted(db)
+    claim = (await started(db, task_id)).claim
+
+    await lifecycle.settle_for(db, claim, decide(Budgets(crashes=2), Crashed()))
+
+    assert await lifecycle.settle(db, claim, decide(Budgets(), Succeeded("1"))) is None
+
+
+async def test_a_terminal_row_never_changes(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    claim = (await started(db, task_id)).claim
+    await lifecycle.settle(db, claim, decide(Budgets(), Failed(BOOM)))
+    before = dict(await row(db, task_id))
+
+    await lifecycle.settle(db, claim, decide(Budgets(), Succeeded("1")))
+    await lifecycle.reap(db, claim, decide(Budgets(), Lost()))
+    assert await lifecycle.cancel(db, task_id) is None
+    assert await lifecycle.refuse(db, task_id, attempt=1, name="sample.echo") is None
+    assert await lifecycle.take_due(db, "default", limit=10) == []
+    await lifecycle.expire(db, "default", limit=10)
+    await lifecycle.record_progress(db, claim, 0.5, None)
+
+    assert dict(await row(db, task_id)) == before
+    assert await events(db, task_id) == ["task.failed"]
+
+
+async def test_a_retry_spends_a_failure_gives_up_its_place_and_waits(db: Database) -> None:
+    task_id = await submitted(db)
+    claimed = await started(db, task_id)
+
+    settled = await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, RetryAsked(BOOM, 60.0)))
+
+    assert settled == lifecycle.Settled(status=TaskStatus.RETRY, ended=None)
+    stored = await row(db, task_id)
+    assert (stored["failures"], stored["position"], stored["published_at"]) == (1, None, None)
+    assert timedelta(seconds=50) < stored["run_at"] - stored["started_at"] < timedelta(seconds=70)
+    assert await lifecycle.take_due(db, "default", limit=10) == []
+
+
+async def test_a_release_costs_nothing_and_goes_ahead_of_all_that_wait(db: Database) -> None:
+    task_id = await submitted(db)
+    place = (await row(db, task_id))["position"]
+    claimed = await started(db, task_id)
+
+    await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, Interrupted()))
+
+    stored = await row(db, task_id)
+    assert (stored["status"], stored["failures"], stored["crashes"], stored["losses"]) == ("PENDING", 0, 0, 0)
+    [bell] = await lifecycle.take_due(db, "default", limit=10)
+    assert (bell.position, bell.attempt, bell.overdue) == (place, 1, True)
+
+
+@pytest.mark.parametrize("outcome", [RetryAsked(BOOM, 0.0), Interrupted()], ids=["retry", "release"])
+async def test_a_task_whose_cancel_was_asked_for_does_not_go_on(
+    db: Database, outcome: RetryAsked | Interrupted
+) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    claimed = await started(db, task_id)
+    assert await lifecycle.cancel(db, task_id) == lifecycle.Settled(status=TaskStatus.STARTED, ended=None)
+
+    settled = await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, outcome))
+
+    assert settled is not None
+    assert settled.status is TaskStatus.REVOKED
+    assert (await row(db, task_id))["error_type"] == "Cancelled"
+    assert await events(db, task_id) == ["task.revoked"]
+
+
+async def test_a_task_that_ends_before_it_hears_of_its_cancel_keeps_its_end(db: Database) -> None:
+    task_id = await submitted(db)
+    claimed = await started(db, task_id)
+    await lifecycle.cancel(db, task_id)
+
+    settled = await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, Succeeded("1")))
+
+    assert settled is not None
+    assert settled.status is TaskStatus.SUCCESS
+
+
+async def test_cancelling_a_waiting_task_ends_it_once(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+
+    cancelled = await lifecycle.cancel(db, task_id)
+
+    assert cancelled is not None
+    assert cancelled.ended is not None
+    assert cancelled.ended.error == Error(type="Cancelled", message="The task was cancelled")
+    assert await lifecycle.cancel(db, task_id) is None
+    assert await lifecycle.cancel(db, uuid4()) is None
+    assert await events(db, task_id) == ["task.revoked"]
+
+
+async def test_a_renewal_writes_only_what_is_a_third_used_and_tells_what_is_not_held(db: Database) -> None:
+    fresh, used, gone, cancelled = [(await started(db, await submitted(db))).claim for _ in range(4)]
+    await db.execute("UPDATE task SET lease_until = now() + interval '5 s' WHERE id = $1", used.task_id)
+    await lifecycle.settle(db, gone, decide(Budgets(), Succeeded("1")))
+    await lifecycle.cancel(db, cancelled.task_id)
+    before = (await row(db, fresh.task_id))["lease_until"]
+
+    leases = await lifecycle.renew(db, [fresh, used, gone, cancelled], lease_seconds=30)
+
+    assert {lease.claim: (lease.held, lease.cancel_requested) for lease in leases} == {
+        fresh: (True, False),
+        used: (True, False),
+        gone: (False, False),
+        cancelled: (True, True),
+    }
+    assert (await row(db, fresh.task_id))["lease_until"] == before
+    renewed = (await row(db, used.task_id))["lease_until"]
+    assert renewed - await lifecycle.clock(db) > timedelta(seconds=20)
+
+
+async def test_only_an_expired_lease_is_reaped(db: Database) -> None:
+    alive, dead = [(await started(db, await submitted(db))).claim for _ in range(2)]
+    await db.execute("UPDATE task SET lease_until = now() - interval '1 ms' WHERE id = $1", dead.task_id)
+
+    expired = await lifecycle.expired_leases(db, "default", lease_seconds=0.0, limit=10)
+    assert [claim for claim, _ in expired] == [dead]
+    assert await lifecycle.expired_leases(db, "other", lease_seconds=0.0, limit=10) == []
+    assert await lifecycle.reap(db, alive, decide(Budgets(), Lost())) is None
+    assert await lifecycle.reap(db, dead, decide(Budgets(), Lost())) is not None
+    assert await lifecycle.reap(db, dead, decide(Budgets(), Lost())) is None
+    assert (await row(db, dead.task_id))["losses"] == 1
+
+
+async def test_nothing_is_reaped_within_a_lease_of_the_start_of_postgres(db: Database) -> None:
+    await started(db, await submitted(db), lease_seconds=0.0)
+
+    assert await lifecycle.expired_leases(db, "default", lease_seconds=10_000_000.0, limit=10) == []
+
+
+async def test_a_task_that_no_worker_knows_is_tried_elsewhere_and_ends_after_a_cap(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK)
+    refusals = 0
+    while True:
+        refused = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo")
+        assert refused is not None
+        refusals += 1
+        if refused.ended is not None:
+            break
+        assert (await row(db, task_id))["published_at"] is None
+
+    assert refusals == lifecycle.REFUSAL_BUDGET
+    assert refused.ended.error is not None
+    assert refused.ended.error.type == "UnknownTask"
+    assert await events(db, task_id) == ["task.failed"]
+    assert await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo") is None
+
+
+async def test_expired_tasks_of_one_queue_end_as_revoked(db: Database) -> None:
+    late = await submitted(db, expires_in_seconds=0.0, webhook_url=HOOK)
+    in_time = await submitted(db, expires_in_seconds=60.0)
+    elsewhere = await submitted(db, expires_at=datetime.now(UTC) - timedelta(hours=1), queue="other")
+
+    [ended] = await lifecycle.expire(db, "default", limit=10)
+
+    assert (ended.task_id, ended.status) == (late, TaskStatus.REVOKED)
+    assert ended.error is not None
+    assert ended.error.type == "Expired"
+    assert await events(db, late) == ["task.revoked"]
+    assert {(await row(db, task_id))["status"] for task_id in (in_time, elsewhere)} == {"PENDING"}
+
+
+async def test_two_relays_take_each_due_row_once_and_in_order(db: Database) -> None:
+    tasks = [await submitted(db) for _ in range(20)]
+    await lifecycle.unpublish(db, [_bell(task_id) for task_id in tasks])
+
+    batches = await asyncio.gather(*(lifecycle.take_due(db, "default", limit=10) for _ in range(4)))
+
+    taken = [bell for batch in batches for bell in batch]
+    assert sorted(bell.task_id for bell in taken) == sorted(tasks)
+    for batch in batches:
+        assert [bell.position for bell in batch] == sorted(bell.position for bell in batch)
+
+
+async def test_lost_is_what_lies_below_the_tail_and_was_pushed_before_it_was_noted(db: Database) -> None:
+    lost, at_tail, behind = [await submitted(db) for _ in range(3)]
+    noted = await lifecycle.clock(db)
+    young = await submitted(db)
+    tail = (await row(db, at_tail))["position"]
+
+    bells = await lifecycle.take_lost(db, "default", below_position=tail, published_before=noted, limit=10)
+    assert [(bell.task_id, bell.overdue) for bell in bells] == [(lost, True)]
+    again = await lifecycle.take_lost(db, "default", below_position=tail, published_before=noted, limit=10)
+    assert again == [], "it was pushed after the note"
+
+    flushed = await lifecycle.take_lost(db, "default", below_position=END_OF_LINE, published_before=noted, limit=10)
+    assert [bell.task_id for bell in flushed] == [at_tail, behind]
+    assert (await row(db, young))["published_at"] > noted
+
+
+async def test_a_stamp_is_not_taken_back_from_a_task_that_runs(db: Database) -> None:
+    waiting, running = await submitted(db), await submitted(db)
+    await started(db, running)
+
+    await lifecycle.unpublish(db, [_bell(waiting), _bell(running)])
+
+    assert (await row(db, waiting))["published_at"] is None
+    assert (await row(db, running))["published_at"] is not None
+
+
+async def test_progress_is_shown_while_the_attempt_holds(db: Database) -> None:
+    claimed = await started(db, await submitted(db))
+    await lifecycle.record_progress(db, claimed.claim, 0.4, "page 4 of 10")
+
+    view = await lifecycle.view(db, claimed.claim.task_id)
+    assert view is not None
+    assert (view.progress, view.progress_message, view.status) == (0.4, "page 4 of 10", TaskStatus.STARTED)
+
+
+async def test_an_unknown_id_is_unknown(db: Database) -> None:
+    assert await lifecycle.view(db, uuid4()) is None
+    assert await lifecycle.status(db, uuid4()) is None
+    assert await lifecycle.result(db, uuid4()) is None
+    assert await lifecycle.budgets(db, Claim(uuid4(), 1, uuid4())) is None
+
+
+async def test_a_view_shows_an_end_and_its_webhook(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK, tags=("a",))
+    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), Failed(BOOM)))
+
+    view = await lifecycle.view(db, task_id)
+
+    assert view is not None
+    assert (view.status, view.error, view.tags) == (TaskStatus.FAILURE, BOOM, ("a",))
+    assert (view.webhook_url, view.webhook_status, view.webhook_attempt) == (HOOK, "pending", 0)
+
+
+async def test_the_error_of_an_earlier_attempt_is_not_the_end_of_a_task_that_succeeds(db: Database) -> None:
+    task_id = await submitted(db)
+    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), RetryAsked(BOOM, 0.0)))
+    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), Succeeded("1")))
+
+    view = await lifecycle.view(db, task_id)
+    assert view is not None
+    assert (view.status, view.error, view.failures) == (TaskStatus.SUCCESS, None, 1)
+
+
+async def test_queues_are_counted(db: Database) -> None:
+    await submitted(db)
+    await started(db, await submitted(db))
+
+    default, other = await lifecycle.queue_counts(db, ["default", "other"])
+
+    assert (default.waiting, default.running) == (1, 1)
+    assert default.oldest_due_seconds is not None
+    assert (other.waiting, other.running, other.oldest_due_seconds) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'LIMBO'",
+        "status = 'STARTED'",
+        "status = 'SUCCESS', result = '1'",
+        "status = 'FAILURE', finished_at = now()",
+        "status = 'SUCCESS', finished_at = now()",
+        "finished_at = now()",
+        "lease_until = now()",
+        "result = '1'",
+        "failures = 5",
+        "max_retries = 101",
+        "progress = 1.1",
+        "attempt = -1",
+        "queue = ''",
+    ],
+)
+async def test_the_database_repeats_the_law(db: Database, change: str) -> None:
+    task_id = await submitted(db)
+
+    with pytest.raises(asyncpg.CheckViolationError):
+        await db.execute(f"UPDATE task SET {change} WHERE id = $1", task_id)
+
+
+def _bell(task_id: UUID) -> lifecycle.Bell:
+    return lifecycle.Bell(task_id=task_id, name="sample.echo", queue="default", attempt=0, position=1)

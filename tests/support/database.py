@@ -1,0 +1,55 @@
+"""The database of a test, and rows to put into it."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+from app import lifecycle
+from app.core import ids
+from app.core.config import Settings
+from app.db import Database, Record
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Database]:
+    database = Database(settings.postgres_dsn, max_connections=4, application_name="test")
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def submitted(database: Database, **changes: Any) -> UUID:
+    """A task as the API inserts it."""
+    new = lifecycle.NewTask(**{"id": ids.uuid7(), "name": "sample.echo", "queue": "default", **changes})
+    await lifecycle.submit(database, new)
+    return new.id
+
+
+async def started(
+    database: Database, task_id: UUID, *, lease_seconds: float = 30.0, name: str = "sample.echo"
+) -> lifecycle.Claimed:
+    """The next attempt of a waiting task, claimed."""
+    attempt = await database.fetchval("SELECT attempt FROM task WHERE id = $1", task_id)
+    claimed = await lifecycle.claim(
+        database,
+        lifecycle.Claim(task_id, attempt + 1, uuid4()),
+        name=name,
+        worker="test",
+        lease_seconds=lease_seconds,
+    )
+    assert claimed is not None
+    return claimed
+
+
+async def row(database: Database, task_id: UUID) -> Record:
+    found = await database.fetchrow("SELECT * FROM task WHERE id = $1", task_id)
+    assert found is not None
+    return found
+
+
+async def events(database: Database, task_id: UUID) -> list[str]:
+    """The events that somebody is to hear of, in order."""
+    rows = await database.fetch("SELECT event FROM webhook_delivery WHERE task_id = $1 ORDER BY sequence", task_id)
+    return [row["event"] for row in rows]

@@ -1,0 +1,46 @@
+"""Waiting for a condition: the one place where tests sleep."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, overload
+
+POLL_SECONDS = 0.015
+
+T = TypeVar("T")
+
+
+@overload
+async def until(condition: Callable[[], Awaitable[T]], deadline_seconds: float = ..., what: str = ...) -> T: ...
+@overload
+async def until(condition: Callable[[], T], deadline_seconds: float = ..., what: str = ...) -> T: ...
+async def until(condition: Callable[[], Any], deadline_seconds: float = 10, what: str = "the condition") -> Any:
+    """Poll a condition, sync or async, until it is true, and return what it said.
+
+    Raises:
+        AssertionError: if it is still false at the deadline.
+    """
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        asked = condition()
+        answer = await asked if inspect.isawaitable(asked) else asked
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"{what} did not come true within {deadline_seconds:g} s"
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def wait_until(condition: Callable[[], T], deadline_seconds: float = 10, what: str = "the condition") -> T:
+    """Poll a condition until it is true, and return what it said.
+
+    Raises:
+        AssertionError: if it is still false at the deadline.
+    """
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        assert time.monotonic() < deadline, f"{what} did not come true within {deadline_seconds:g} s"
+        time.sleep(POLL_SECONDS)

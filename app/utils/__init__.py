@@ -1,0 +1,1 @@
+"""Pieces that know neither the database nor the queue."""

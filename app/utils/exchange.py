@@ -1,0 +1,109 @@
+"""One HTTP exchange with a stranger: what came of it, whatever went wrong in its middle."""
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import httpx
+
+from app.utils import guard, pinned
+
+_CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"} | {0: ""}
+
+
+class Outcome(StrEnum):
+    """What became of one request, in one word."""
+
+    SUCCESS = "success"
+    HTTP_3XX = "http_3xx"
+    HTTP_4XX = "http_4xx"
+    HTTP_429 = "http_429"
+    HTTP_5XX = "http_5xx"
+    """Also a status that HTTP does not define."""
+    TIMEOUT = "timeout"
+    CONNECT_ERROR = "connect_error"
+    """No connection, or one that broke or spoke no HTTP."""
+    TLS_ERROR = "tls_error"
+    DNS_ERROR = "dns_error"
+    BLOCKED = "blocked"
+    """The rules refuse the URL or an address of its host; nothing was sent."""
+    INVALID_URL = "invalid_url"
+
+
+def readable(raw: bytes) -> str:
+    """Foreign bytes as text: no NUL (Postgres has none), no control characters (terminals obey them)."""
+    return raw.decode("utf-8", "replace").translate(_CONTROLS)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What has come of an answer so far, so that a deadline in its middle does not lose its status."""
+
+    limit_bytes: int
+    status_code: int | None = None
+    headers: httpx.Headers = field(default_factory=httpx.Headers)
+    body: bytearray = field(default_factory=bytearray)
+    truncated: bool = False
+
+    async def receive(
+        self, client: httpx.AsyncClient, request: httpx.Request, *, wanted: Callable[[int], bool]
+    ) -> None:
+        """Send, and read the answer: its body only if its status is wanted, and not beyond the limit."""
+        response = await client.send(request, stream=True)
+        try:
+            self.status_code, self.headers = response.status_code, response.headers
+            if wanted(response.status_code):
+                await self._read(response)
+        finally:
+            await response.aclose()
+
+    async def _read(self, response: httpx.Response) -> None:
+        # Raw: what is compressed unasked stays so, and can't grow in our memory.
+        async for chunk in response.aiter_raw():
+            room = self.limit_bytes - len(self.body)
+            self.body += chunk[:room]
+            if len(chunk) > room:
+                self.truncated = True
+                return
+
+
+def is_success(status_code: int) -> bool:
+    """Whether it is a 2xx."""
+    return 200 <= status_code < 300  # noqa: PLR2004
+
+
+def outcome_of_status(status_code: int) -> Outcome:
+    """The word for the status of an answer."""
+    if status_code == httpx.codes.TOO_MANY_REQUESTS:
+        return Outcome.HTTP_429
+    words = {2: Outcome.SUCCESS, 3: Outcome.HTTP_3XX, 4: Outcome.HTTP_4XX}
+    return words.get(status_code // 100, Outcome.HTTP_5XX)
+
+
+_WORDS: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
+    ((pinned.Blocked, guard.ForbiddenUrlError), Outcome.BLOCKED),
+    ((pinned.Unresolvable,), Outcome.DNS_ERROR),
+    ((ssl.SSLError,), Outcome.TLS_ERROR),
+    ((TimeoutError, httpx.TimeoutException), Outcome.TIMEOUT),
+    ((ValueError, httpx.InvalidURL, httpx.UnsupportedProtocol), Outcome.INVALID_URL),
+)
+"""Which error means what, the most telling first."""
+
+
+def outcome_of(failure: Exception | None) -> Outcome:
+    """The word for a failure before any answer.
+
+    httpx names what httpcore raised as the cause, and httpcore holds what it
+    caught as its argument. The context says nothing: in the middle of TLS it is
+    always an `SSLWantReadError`.
+    """
+    chain: list[BaseException] = []
+    error: object = failure
+    while isinstance(error, BaseException) and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or next(iter(error.args), None)
+    for kinds, word in _WORDS:
+        if any(isinstance(known, kinds) for known in chain):
+            return word
+    return Outcome.CONNECT_ERROR

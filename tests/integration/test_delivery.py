@@ -1,0 +1,234 @@
+"""The outbox against a real Postgres."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import pytest
+
+from app import delivery
+from app.db import Database
+from app.models import DeliveryStatus
+from app.utils.webhook import Outcome, Receipt
+
+OK = Receipt(outcome=Outcome.SUCCESS, status_code=200)
+BROKEN = Receipt(outcome=Outcome.HTTP_5XX, status_code=503)
+DELIVERED = delivery.Verdict(DeliveryStatus.DELIVERED)
+EXHAUSTED = delivery.Verdict(DeliveryStatus.EXHAUSTED)
+
+# What lifecycle does at the end of a task, as short as it can be.
+END = f"""
+WITH ended AS (
+    UPDATE task SET status = $2, result = $3::json, error_type = $4, error_message = $5, attempt = 1,
+                    finished_at = CASE WHEN $2 = 'RETRY' THEN NULL ELSE now() END
+     WHERE id = ANY($1::uuid[]) RETURNING id, status, webhook_url
+), hook AS ({delivery.intend("ended")})
+SELECT id FROM ended
+"""
+
+
+@pytest.fixture
+async def db(postgres_url: str) -> AsyncIterator[Database]:
+    database = Database(postgres_url, max_connections=8, application_name="test")
+    yield database
+    await database.close()
+
+
+async def submit(db: Database, url: str | None = "https://example.com/hook") -> UUID:
+    task_id = uuid4()
+    await db.execute(
+        "INSERT INTO task (id, name, queue, args, kwargs, webhook_url, traceparent)"
+        " VALUES ($1, 'long_task', 'default', '[]', '{}', $2, '00-a-b-01')",
+        task_id,
+        url,
+    )
+    return task_id
+
+
+async def end(db: Database, *ids: UUID, status: str = "SUCCESS", result: str | None = '"done"') -> None:
+    failed = status in {"FAILURE", "REVOKED"}
+    await db.fetch(
+        END,
+        list(ids),
+        status,
+        None if status != "SUCCESS" else result,
+        "Oops" if failed else None,
+        "No" if failed else None,
+    )
+
+
+async def ended(db: Database, **how: Any) -> UUID:
+    task_id = await submit(db)
+    await end(db, task_id, **how)
+    return task_id
+
+
+async def row(db: Database, task_id: UUID) -> asyncpg.Record:
+    found = await db.fetchrow("SELECT * FROM webhook_delivery WHERE task_id = $1", task_id)
+    assert found is not None
+    return found
+
+
+async def claim_one(db: Database, lease_seconds: float = 30.0) -> delivery.Claimed:
+    [claimed] = await delivery.claim_due(db, limit=10, lease_seconds=lease_seconds)
+    return claimed
+
+
+@pytest.mark.parametrize(
+    ("status", "event"), [("SUCCESS", "task.succeeded"), ("FAILURE", "task.failed"), ("REVOKED", "task.revoked")]
+)
+async def test_a_task_that_ends_leaves_one_delivery_with_its_own_id(db: Database, status: str, event: str) -> None:
+    task_id = await ended(db, status=status)
+    found = await row(db, task_id)
+    assert (found["event"], found["sequence"], found["url"]) == (event, 1, "https://example.com/hook")
+    assert (found["status"], found["attempt"]) == ("pending", 0)
+    assert found["id"] != task_id
+
+
+async def test_every_row_of_a_statement_that_ends_many_is_told_of_once(db: Database) -> None:
+    tasks = [await submit(db) for _ in range(5)]
+    await end(db, *tasks)
+    assert await db.fetchval("SELECT count(DISTINCT id) FROM webhook_delivery") == 5
+
+
+async def test_a_task_without_a_webhook_or_not_at_its_end_leaves_none(db: Database) -> None:
+    await end(db, await submit(db, url=None))
+    await end(db, await submit(db), status="RETRY")
+    assert await db.fetchval("SELECT count(*) FROM webhook_delivery") == 0
+    assert await delivery.count_due(db) == 0
+
+
+async def test_a_second_end_of_a_task_is_seen(db: Database) -> None:
+    task_id = await ended(db)
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await end(db, task_id, status="FAILURE")
+    assert await db.fetchval("SELECT status FROM task WHERE id = $1", task_id) == "SUCCESS"
+
+
+async def test_a_claim_has_everything_that_the_body_needs(db: Database) -> None:
+    stored = '{"big": 123456789012345678901234567890, "f": 1.10}'
+    task_id = await ended(db, result=stored)
+    claimed = await claim_one(db)
+    assert (claimed.task_id, claimed.attempt, claimed.traceparent) == (task_id, 1, "00-a-b-01")
+    assert stored.encode() in delivery.body(claimed, "full")
+    data = json.loads(delivery.body(claimed, "full"))["data"]
+    assert (data["task"], data["status"], data["attempt"]) == ("long_task", "SUCCESS", 1)
+
+
+async def test_the_body_of_a_failure_has_its_error(db: Database) -> None:
+    await ended(db, status="FAILURE")
+    sent = json.loads(delivery.body(await claim_one(db), "full"))
+    assert sent["data"]["error"] == {"type": "Oops", "message": "No"}
+    assert sent["timestamp"] == sent["data"]["finished_at"]
+
+
+async def test_a_claimed_delivery_is_nobody_elses_until_its_lease_runs_out(db: Database) -> None:
+    await ended(db)
+    first = await claim_one(db)
+    assert await delivery.claim_due(db, limit=10, lease_seconds=30.0) == []
+    await db.execute("UPDATE webhook_delivery SET lease_until = now() - interval '1 second'")
+    assert await delivery.count_due(db) == 1
+    second = await claim_one(db)
+    assert (second.id, second.attempt) == (first.id, 2)
+    assert second.token != first.token
+
+
+async def test_a_relay_whose_lease_ran_out_changes_nothing(db: Database) -> None:
+    task_id = await ended(db)
+    first = await claim_one(db)
+    await db.execute("UPDATE webhook_delivery SET lease_until = now() - interval '1 second'")
+    second = await claim_one(db)
+    assert await delivery.settle(db, first, BROKEN, EXHAUSTED) is False
+    assert await delivery.release(db, [first]) == 0
+    assert (await row(db, task_id))["status"] == "delivering"
+    assert await delivery.settle(db, second, OK, DELIVERED) is True
+    assert await delivery.settle(db, second, BROKEN, EXHAUSTED) is False
+    assert (await row(db, task_id))["status"] == "delivered"
+
+
+async def test_what_is_delivered_is_dated_and_not_claimed_again(db: Database) -> None:
+    task_id = await ended(db)
+    assert await delivery.settle(db, await claim_one(db), OK, DELIVERED)
+    found = await row(db, task_id)
+    assert found["delivered_at"] is not None
+    assert await delivery.state_of(db, task_id) == delivery.State(
+        status=DeliveryStatus.DELIVERED, attempt=1, next_at=None, last_status_code=200, last_error=None
+    )
+    assert await delivery.claim_due(db, limit=10, lease_seconds=30.0) == []
+
+
+async def test_what_failed_waits_by_the_clock_of_postgres_and_keeps_its_id(db: Database) -> None:
+    task_id = await ended(db)
+    first = await claim_one(db)
+    assert await delivery.settle(db, first, BROKEN, delivery.Verdict(DeliveryStatus.PENDING, 3600.0))
+    wait = await db.fetchval("SELECT extract(epoch FROM next_at - now()) FROM webhook_delivery")
+    assert 3590 < wait <= 3600
+    assert await delivery.count_due(db) == 0
+    state = await delivery.state_of(db, task_id)
+    assert state is not None
+    assert state.next_at is not None
+    assert (state.status, state.attempt, state.last_status_code, state.last_error) == ("pending", 1, 503, "http_5xx")
+    await db.execute("UPDATE webhook_delivery SET next_at = now()")
+    second = await claim_one(db)
+    assert (second.id, second.attempt) == (first.id, 2)
+    assert delivery.body(second, "full") == delivery.body(first, "full")
+
+
+async def test_an_exhausted_delivery_says_why_and_leaves_its_task_alone(db: Database) -> None:
+    task_id = await ended(db)
+    before = await db.fetchrow("SELECT * FROM task WHERE id = $1", task_id)
+    blocked = Receipt(outcome=Outcome.BLOCKED)
+    assert await delivery.settle(db, await claim_one(db), blocked, EXHAUSTED)
+    state = await delivery.state_of(db, task_id)
+    assert state == delivery.State(
+        status=DeliveryStatus.EXHAUSTED, attempt=1, next_at=None, last_status_code=None, last_error="blocked"
+    )
+    assert await db.fetchrow("SELECT * FROM task WHERE id = $1", task_id) == before
+
+
+async def test_a_released_delivery_is_due_again_and_costs_no_attempt(db: Database) -> None:
+    await ended(db)
+    first = await claim_one(db)
+    assert await delivery.release(db, [first]) == 1
+    second = await claim_one(db)
+    assert (second.id, second.attempt) == (first.id, 1)
+
+
+async def test_orphans_and_due_rows_share_the_limit(db: Database) -> None:
+    for _ in range(3):
+        await ended(db)
+    await delivery.claim_due(db, limit=10, lease_seconds=30.0)
+    await db.execute("UPDATE webhook_delivery SET lease_until = now() - interval '1 second'")
+    for _ in range(3):
+        await ended(db)
+    assert await delivery.count_due(db) == 6
+    batches = [await delivery.claim_due(db, limit=4, lease_seconds=30.0) for _ in range(3)]
+    assert [len(batch) for batch in batches] == [4, 2, 0]
+    assert len({claimed.id for batch in batches for claimed in batch}) == 6
+
+
+async def test_relays_that_claim_at_once_get_different_deliveries(db: Database) -> None:
+    tasks = [await submit(db) for _ in range(60)]
+    await end(db, *tasks)
+
+    async def relay() -> list[UUID]:
+        mine: list[UUID] = []
+        while batch := await delivery.claim_due(db, limit=7, lease_seconds=30.0):
+            mine += [claimed.id for claimed in batch]
+        return mine
+
+    shares = await asyncio.gather(*(relay() for _ in range(6)))
+    claims = Counter(claimed for share in shares for claimed in share)
+    assert set(claims.values()) == {1}
+    # A relay skips what another has locked, so all may find nothing at the very end; the next sweep has it.
+    rest = await delivery.claim_due(db, limit=60, lease_seconds=30.0)
+    assert len(claims) + len(rest) == 60
+
+
+async def test_a_task_without_a_delivery_has_no_state(db: Database) -> None:
+    assert await delivery.state_of(db, await submit(db)) is None
+    assert await delivery.state_of(db, uuid4()) is None

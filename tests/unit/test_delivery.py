@@ -1,0 +1,171 @@
+import json
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app import delivery
+from app.core import config
+from app.models import DeliveryStatus
+from app.utils.webhook import Outcome, Receipt
+
+SCHEDULE = config.STANDARD_WEBHOOKS_SCHEDULE
+QUICK = (0.0, 1.0, 2.0)
+
+
+def receipt(outcome: str, status_code: int | None = None, retry_after_seconds: float | None = None) -> Receipt:
+    return Receipt(outcome=Outcome(outcome), status_code=status_code, retry_after_seconds=retry_after_seconds)
+
+
+def claimed(**changes: Any) -> delivery.Claimed:
+    values: dict[str, Any] = {
+        "id": UUID(int=1),
+        "task_id": UUID(int=2),
+        "url": "https://example.com/",
+        "event": "task.succeeded",
+        "sequence": 1,
+        "attempt": 1,
+        "token": UUID(int=3),
+        "claimed_at": datetime(2026, 1, 31, 12, 0, 9, tzinfo=timezone.utc),  # noqa: UP017
+        "traceparent": None,
+        "task": "long_task",
+        "status": "SUCCESS",
+        "task_attempt": 2,
+        "result": '"done"',
+        "error_type": None,
+        "error_message": None,
+        "created_at": datetime(2026, 1, 31, 13, 0, 0, 123456, tzinfo=timezone(timedelta(hours=1))),
+        "finished_at": datetime(2026, 1, 31, 12, 0, 5, 999999, tzinfo=timezone.utc),  # noqa: UP017
+    }
+    return delivery.Claimed(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "of", "schedule", "status", "least", "most"),
+    [
+        (1, receipt("success", 200), SCHEDULE, "delivered", 0, 0),
+        (99, receipt("success", 204), SCHEDULE, "delivered", 0, 0),
+        (1, receipt("http_5xx", 500), SCHEDULE, "pending", 4, 6),
+        (2, receipt("http_5xx", 503), SCHEDULE, "pending", 240, 360),
+        (9, receipt("http_4xx", 404), SCHEDULE, "pending", 69120, 103680),
+        (10, receipt("http_5xx", 500), SCHEDULE, "exhausted", 0, 0),
+        (11, receipt("connect_error"), SCHEDULE, "exhausted", 0, 0),
+        (1, receipt("http_3xx", 302), QUICK, "pending", 0.8, 1.2),
+        (1, receipt("http_4xx", 400), QUICK, "pending", 0.8, 1.2),
+        (1, receipt("connect_error"), QUICK, "pending", 0.8, 1.2),
+        (1, receipt("tls_error"), QUICK, "pending", 0.8, 1.2),
+        (1, receipt("dns_error"), QUICK, "pending", 0.8, 1.2),
+        (1, receipt("http_4xx", 410), SCHEDULE, "exhausted", 0, 0),
+        (1, receipt("http_4xx", 410, 5.0), SCHEDULE, "exhausted", 0, 0),
+        (1, receipt("blocked"), SCHEDULE, "exhausted", 0, 0),
+        (1, receipt("invalid_url"), SCHEDULE, "exhausted", 0, 0),
+        # Retry-After is a floor, at most a day, and buys no attempt.
+        (1, receipt("http_5xx", 503, 90.0), QUICK, "pending", 90, 90),
+        (2, receipt("http_5xx", 503, 90.0), SCHEDULE, "pending", 240, 360),
+        (1, receipt("http_5xx", 503, 1e9), QUICK, "pending", 86400, 86400),
+        (3, receipt("http_5xx", 503, 90.0), QUICK, "exhausted", 0, 0),
+        # A throttled or a slow receiver rests for a minute, unless the wait is longer anyway.
+        (1, receipt("http_429", 429), QUICK, "pending", 60, 60),
+        (1, receipt("timeout"), QUICK, "pending", 60, 60),
+        (1, receipt("http_429", 429, 5.0), QUICK, "pending", 60, 60),
+        (1, receipt("http_429", 429, 300.0), QUICK, "pending", 300, 300),
+        (2, receipt("http_429", 429), SCHEDULE, "pending", 240, 360),
+        (3, receipt("timeout"), QUICK, "exhausted", 0, 0),
+        (1, receipt("http_5xx", 500), (0.0,), "exhausted", 0, 0),
+    ],
+)
+def test_an_attempt_is_judged_by_its_receipt(
+    *, attempt: int, of: Receipt, schedule: tuple[float, ...], status: str, least: float, most: float
+) -> None:
+    verdict = delivery.decide(attempt, of, schedule)
+    assert verdict.status == status
+    assert least <= verdict.wait_seconds <= most
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 200),
+    st.sampled_from(list(Outcome)),
+    st.one_of(st.none(), st.integers(100, 999)),
+    st.one_of(st.none(), st.floats(0, 1e9)),
+    st.lists(st.floats(0, 31_536_000), min_size=1, max_size=100),
+)
+def test_every_delivery_ends_and_no_wait_is_absurd(
+    attempt: int, outcome: Outcome, status: int | None, asked: float | None, schedule: list[float]
+) -> None:
+    verdict = delivery.decide(attempt, receipt(outcome, status, asked), schedule)
+    assert (verdict.status is DeliveryStatus.DELIVERED) == (outcome is Outcome.SUCCESS)
+    if attempt >= len(schedule):
+        assert verdict.status is not DeliveryStatus.PENDING
+    assert 0 <= verdict.wait_seconds <= max(86400, 1.2 * max(schedule))
+
+
+def test_the_body_of_a_success_is_the_contract() -> None:
+    assert json.loads(delivery.body(claimed(), "full")) == {
+        "type": "task.succeeded",
+        "timestamp": "2026-01-31T12:00:05.999Z",
+        "data": {
+            "task_id": "00000000-0000-0000-0000-000000000002",
+            "task": "long_task",
+            "status": "SUCCESS",
+            "attempt": 2,
+            "sequence": 1,
+            "result": "done",
+            "created_at": "2026-01-31T12:00:00.123Z",
+            "finished_at": "2026-01-31T12:00:05.999Z",
+        },
+    }
+
+
+@pytest.mark.parametrize(("event", "status"), [("task.failed", "FAILURE"), ("task.revoked", "REVOKED")])
+def test_the_body_of_another_end_has_the_error_and_no_result(event: str, status: str) -> None:
+    ended = claimed(event=event, status=status, result=None, error_type="ValueError", error_message='no "x" \u2028')
+    sent = json.loads(delivery.body(ended, "full"))
+    assert (sent["type"], sent["data"]["status"]) == (event, status)
+    assert sent["data"]["error"] == {"type": "ValueError", "message": 'no "x" \u2028'}
+    assert "result" not in sent["data"]
+
+
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE"])
+def test_a_thin_body_has_neither_result_nor_error(status: str) -> None:
+    data = json.loads(delivery.body(claimed(status=status, error_type="E"), "thin"))["data"]
+    assert list(data) == ["task_id", "task", "status", "attempt", "sequence", "created_at", "finished_at"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "123456789012345678901234567890",
+        "1.10",
+        "1e400",
+        "0.1000000000000000055511151231257827",
+        '"\\u0000\\ud800"',
+        '"ü"',
+        '{"a": 1, "a": 2}',
+        "null",
+        "[ ]",
+        '{"data":\n{"result": "}"}}',
+    ],
+)
+def test_a_result_is_sent_as_the_very_text_that_is_stored(stored: str) -> None:
+    assert f'"result": {stored}, "created_at"'.encode() in delivery.body(claimed(result=stored), "full")
+
+
+@settings(deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_any_result_arrives_as_it_was(result: Any) -> None:
+    sent = delivery.body(claimed(result=json.dumps(result)), "full")
+    assert json.loads(sent)["data"]["result"] == result
+
+
+def test_the_bytes_are_the_same_on_every_attempt() -> None:
+    later = {"attempt": 7, "token": UUID(int=9), "claimed_at": datetime(2026, 2, 3, tzinfo=timezone.utc)}  # noqa: UP017
+    assert delivery.body(claimed(), "full") == delivery.body(claimed(**later), "full")

@@ -1,0 +1,242 @@
+"""The wire to Redis: the envelope, one push, and what a queue looks like from outside.
+
+A queue is a Redis list whose key is the queue's name: LPUSH at the head, BRPOP
+at the tail, as Celery's Redis transport does with one priority step. A message
+is a hint: it names a task, the attempt it is for and its place in line, and
+never carries arguments. Any of them may be lost, repeated or forged.
+
+The commands here are sent once. redis-py would repeat an LPUSH whose answer was
+lost up to ten times; we push again by position instead, when a message is missed.
+"""
+
+import base64
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from uuid import UUID, uuid4
+
+import redis.asyncio
+import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from app.core import errors
+
+COMMAND_TIMEOUT_SECONDS = 2.0
+TAIL_DEPTH = 10
+"""How many messages at the tail are looked at for one that can be read."""
+END_OF_LINE = 2**63 - 1
+"""The position of the tail of an empty queue: everything that has a message lies below it."""
+BACKSTOP_SECONDS = 30.0
+"""How long after its time limit Celery's own pool kills a task, in case the keeper did not."""
+RESULT_TTL_SECONDS = 3600
+RAW_JSON_MARKER = "taskqueue.json"
+"""Kombu type of a JSON text that must reach a client as it is (see `worker.results`)."""
+
+_NO_ARGUMENTS = base64.b64encode(b"[[], {}, {}]").decode()
+
+
+class Message(Protocol):
+    """What a message says. `lifecycle.Bell` is one."""
+
+    @property
+    def task_id(self) -> UUID: ...  # noqa: D102  # a field, described by the class that has it
+    @property
+    def name(self) -> str: ...  # noqa: D102  # as above
+    @property
+    def attempt(self) -> int: ...  # noqa: D102  # as above
+    @property
+    def position(self) -> int: ...  # noqa: D102  # as above
+    @property
+    def time_limit(self) -> float | None: ...  # noqa: D102  # as above
+    @property
+    def traceparent(self) -> str | None: ...  # noqa: D102  # as above
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message as it was read from a queue. `attempt` is how many the task had when it was pushed."""
+
+    task_id: UUID
+    name: str
+    attempt: int
+    position: int
+
+
+def encode(message: Message, queue: str) -> bytes:
+    """The envelope of a message: Celery's protocol 2 inside kombu's virtual transport, without arguments.
+
+    Source: Celery, "Message Protocol"; kombu, `transport/virtual/base.py`.
+    """
+    task_id = str(message.task_id)
+    limit = None if message.time_limit is None else message.time_limit + BACKSTOP_SECONDS
+    headers: dict[str, Any] = {
+        "lang": "py",
+        "task": message.name,
+        "id": task_id,
+        "root_id": task_id,
+        "retries": message.attempt,
+        "timelimit": [limit, None],
+        # Celery's tracer must store nothing: it would report what one attempt did as the task's end.
+        "ignore_result": True,
+        "attempt": message.attempt,
+        "position": message.position,
+    }
+    if message.traceparent is not None:
+        headers["traceparent"] = message.traceparent
+    properties = {
+        "correlation_id": task_id,
+        "delivery_mode": 2,
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_info": {"exchange": "", "routing_key": queue},
+        "delivery_tag": str(uuid4()),
+    }
+    envelope = {
+        "body": _NO_ARGUMENTS,
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": headers,
+        "properties": properties,
+    }
+    return json.dumps(envelope, separators=(",", ":")).encode()
+
+
+def decode(raw: bytes | str) -> Received:
+    """Read an envelope.
+
+    Raises:
+        EnvelopeError: if it is not one of ours.
+    """
+    try:
+        headers = json.loads(raw)["headers"]
+        return Received(
+            UUID(headers["id"]), str(headers["task"]), _count(headers["attempt"]), _count(headers["position"])
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+        raise errors.EnvelopeError("The message is not one that this service wrote") from bad
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= END_OF_LINE:
+        raise ValueError
+    return value
+
+
+class Broker:
+    """One Redis. Connections are made on demand; no command is ever repeated behind the caller's back."""
+
+    def __init__(self, url: str, *, client_name: str, max_connections: int = 4) -> None:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=max_connections,
+            timeout=COMMAND_TIMEOUT_SECONDS,
+            socket_timeout=COMMAND_TIMEOUT_SECONDS,
+            socket_connect_timeout=COMMAND_TIMEOUT_SECONDS,
+            socket_keepalive=True,
+            retry=Retry(NoBackoff(), 0),
+            client_name=client_name,
+            protocol=2,
+        )
+        self._redis = redis.asyncio.Redis(connection_pool=pool)
+
+    async def publish(self, queue: str, messages: Sequence[Message], *, at_tail: bool = False) -> int:
+        """Push messages with one command, so that the first of them is consumed first.
+
+        Args:
+            queue: where to.
+            messages: in the order in which they are to run.
+            at_tail: push where consumers pop, ahead of everything that waits.
+
+        Returns:
+            How many messages the queue holds now.
+
+        Raises:
+            BrokerUnavailable: if Redis can't be reached or refuses; the messages may be there all the same.
+        """
+        envelopes = [encode(message, queue) for message in messages]
+        async with _translated():
+            if at_tail:
+                return int(await self._redis.rpush(queue, *reversed(envelopes)))
+            return int(await self._redis.lpush(queue, *envelopes))
+
+    async def depth(self, queue: str) -> int:
+        """How many messages wait in a queue. Raises as `publish`."""
+        async with _translated():
+            return int(await self._redis.llen(queue))
+
+    async def tail(self, queue: str) -> int | None:
+        """The position of the message that will be consumed next.
+
+        Returns:
+            `END_OF_LINE` if the queue is empty; None if nothing near the tail can be read. Raises as `publish`.
+        """
+        async with _translated():
+            last = await self._redis.lrange(queue, -TAIL_DEPTH, -1)
+        if not last:
+            return END_OF_LINE
+        for raw in reversed(last):
+            with contextlib.suppress(errors.EnvelopeError):
+                return decode(raw).position
+        return None
+
+    async def put_result(
+        self, task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str
+    ) -> None:
+        """Put a copy of a task's end where Celery's `AsyncResult` looks, and wake who waits there.
+
+        Args:
+            task_id: whose.
+            status: SUCCESS, FAILURE or REVOKED.
+            result: JSON text, for SUCCESS.
+            error_type: for the others.
+            error_message: for the others.
+
+        Raises:
+            BrokerUnavailable: as `publish`.
+        """
+        meta = encode_meta(task_id, status, result=result, error_type=error_type, error_message=error_message)
+        key = f"celery-task-meta-{task_id}"
+        async with _translated(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(key, meta, ex=RESULT_TTL_SECONDS)
+            pipe.publish(key, meta)
+            await pipe.execute()
+
+    async def ping(self) -> None:
+        """One round trip. Raises as `publish`."""
+        async with _translated():
+            await self._redis.ping()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        with contextlib.suppress(redis.exceptions.RedisError, OSError):
+            await self._redis.aclose(close_connection_pool=True)
+
+
+def encode_meta(task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str) -> bytes:
+    """What Celery's Redis backend stores about an ended task (Celery, `backends/base.py`)."""
+    if status == "SUCCESS":
+        value = result or "null"
+        if '"__type__"' in value:
+            # Kombu would take such an object for one of its own types and fail, or change it.
+            value = json.dumps({"__type__": RAW_JSON_MARKER, "__value__": value})
+    elif status == "REVOKED":
+        value = _exception("TaskRevokedError", "celery.exceptions", error_message or error_type)
+    else:
+        value = _exception(error_type, "builtins", error_message)
+    head = json.dumps({"task_id": str(task_id), "status": status, "traceback": None, "children": []})
+    return f'{head[:-1]}, "result": {value}}}'.encode()
+
+
+def _exception(name: str, module: str, message: str) -> str:
+    return json.dumps({"exc_type": name, "exc_message": [message], "exc_module": module})
+
+
+@contextlib.asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (TimeoutError, redis.exceptions.RedisError, OSError) as away:
+        raise errors.BrokerUnavailable(f"Redis is unreachable or refuses ({type(away).__name__})") from away

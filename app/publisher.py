@@ -1,0 +1,110 @@
+"""Rings the bell after a commit, without making anybody wait for Redis.
+
+The API hands over one `Bell` per submit and answers. What piles up while a push
+is under way goes with the next one: bursts become batches by themselves, and a
+lone submit waits for nobody. What can't be pushed has its stamp taken back, so
+that the relay feeds it in order; until Redis answers again, and while a queue
+is full, `away()` tells submits to leave new rows to the relay from the start.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+from app import db, lifecycle
+from app.broker import Broker
+from app.core import errors
+
+DEPTH_CAP = 50_000
+"""Messages in one queue beyond which rows wait in Postgres: Redis's memory is bounded, the backlog is not."""
+BATCH = 500
+RECHECK_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Publisher:
+    """The publishing side of one API process."""
+
+    def __init__(self, database: db.Database, broker: Broker) -> None:
+        self._db = database
+        self._broker = broker
+        self._bells: deque[lifecycle.Bell] = deque()
+        self._rung = asyncio.Event()
+        self._down = False
+        self._full: set[str] = set()
+
+    def ring(self, bell: lifecycle.Bell) -> None:
+        """Push this message soon. Never waits, never fails."""
+        self._bells.append(bell)
+        self._rung.set()
+
+    def away(self, queue: str) -> bool:
+        """Whether new rows of this queue should be left to the relay: Redis is down, or the queue is full."""
+        return self._down or queue in self._full
+
+    async def run(self) -> None:
+        """Push and watch until cancelled, then push what is left."""
+        watch = asyncio.create_task(self._watch())
+        try:
+            while True:
+                await self._rung.wait()
+                self._rung.clear()
+                await self.flush()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Push everything that was rung so far."""
+        while self._bells:
+            batch = [self._bells.popleft() for _ in range(min(BATCH, len(self._bells)))]
+            for queue in dict.fromkeys(bell.queue for bell in batch):
+                await self._push(queue, [bell for bell in batch if bell.queue == queue])
+
+    async def _push(self, queue: str, bells: Sequence[lifecycle.Bell]) -> None:
+        if not self._down:
+            try:
+                depth = await self._broker.publish(queue, sorted(bells, key=lambda bell: bell.position))
+            except errors.BrokerUnavailable as away:
+                self._down = True
+                log.warning("submits go on without Redis; the relay will publish them: %s", away)
+            else:
+                if depth > DEPTH_CAP:
+                    self._full.add(queue)
+                return
+        # If Postgres is away as well, the rows keep their stamp and the search for lost messages finds them.
+        with contextlib.suppress(errors.DatabaseUnavailable):
+            await lifecycle.unpublish(self._db, bells)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(RECHECK_SECONDS)
+            try:
+                if self._down:
+                    await self._broker.ping()
+                    self._down = False
+                    log.info("Redis answers again")
+                for queue in tuple(self._full):
+                    if await self._broker.depth(queue) < DEPTH_CAP * 0.9:
+                        self._full.discard(queue)
+            except errors.BrokerUnavailable:
+                self._down = True
+
+
+async def announce_end(broker: Broker, ended: lifecycle.Ended) -> None:
+    """Put a copy of a task's end where Celery's `AsyncResult` looks. Best effort: the row answers if this fails."""
+    error = ended.error
+    try:
+        await broker.put_result(
+            ended.task_id,
+            str(ended.status),
+            result=ended.result,
+            error_type=error.type if error else "",
+            error_message=error.message if error else "",
+        )
+    except errors.BrokerUnavailable as away:
+        log.warning("the end of task %s is in its row only: %s", ended.task_id, away)

@@ -1,0 +1,273 @@
+"""The relay: what must happen to rows that nobody is looking at. Any number of replicas, no leader.
+
+Each sweep is a function that runs once and returns how much it did; the loops
+around them only repeat. Two relays that sweep at once skip each other's rows.
+The publish sweeps read Redis first, so with Redis away nothing is stamped.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app import delivery, lifecycle, publisher
+from app.broker import Broker
+from app.core import errors, metrics, telemetry
+from app.core.config import Settings, webhook_key
+from app.db import Database
+from app.utils.webhook import Sender
+
+TICK_SECONDS = 0.2
+"""How often due rows are published: the most that a retry or a countdown is late."""
+NOTE_SECONDS = 1.0
+"""How often the tail of each queue is noted, and lost messages and leases are looked for."""
+GRACE_SECONDS = 10.0
+"""How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
+BATCH = 500
+EXPORT_SECONDS = 5.0
+DELIVERIES_AT_ONCE = 100
+DELIVERY_LEASE_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Where the tail of a queue was, and when by Postgres's clock."""
+
+    taken_at: datetime
+    position: int
+
+
+@dataclass(slots=True)
+class Relay:
+    """One relay: its connections, and what it has noted."""
+
+    settings: Settings
+    db: Database
+    broker: Broker
+    sender: Sender
+    grace_seconds: float = GRACE_SECONDS
+    notes: dict[str, deque[Note]] = field(default_factory=dict)
+    connected_since: float | None = None
+    sending: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def publish_due(self, queue: str) -> int:
+        """Push waiting rows that have no message and are due; as many as the queue has room for."""
+        room = publisher.DEPTH_CAP - await self.broker.depth(queue)
+        if room <= 0:
+            return 0
+        bells = await lifecycle.take_due(self.db, queue, limit=min(BATCH, room))
+        await self._push(queue, [bell for bell in bells if not bell.overdue], at_tail=False)
+        await self._push(queue, [bell for bell in bells if bell.overdue], at_tail=True)
+        return len(bells)
+
+    async def note_tail(self, queue: str) -> None:
+        """Note where the tail of a queue is. Without a readable message there is no note."""
+        now = await lifecycle.clock(self.db)
+        position = await self.broker.tail(queue)
+        notes = self.notes.setdefault(queue, deque())
+        if position is not None:
+            notes.append(Note(now, position))
+        # The newest note that is old enough is the one to compare with; what is older has served.
+        while len(notes) > 1 and notes[1].taken_at <= now - timedelta(seconds=self.grace_seconds):
+            notes.popleft()
+
+    async def publish_lost(self, queue: str) -> int:
+        """Push again, at the tail, what lies below the tail as it was one grace ago: its message was lost."""
+        notes = self.notes.get(queue)
+        if not notes or notes[-1].taken_at - notes[0].taken_at < timedelta(seconds=self.grace_seconds):
+            return 0
+        bells = await lifecycle.take_lost(
+            self.db,
+            queue,
+            below_position=notes[0].position,
+            published_before=notes[0].taken_at,
+            limit=BATCH,
+        )
+        await self._push(queue, bells, at_tail=True)
+        if bells:
+            log.warning("%d messages of queue %s were lost and are pushed again", len(bells), queue)
+        return len(bells)
+
+    async def reap(self, queue: str) -> int:
+        """End or retry attempts whose lease ran out, once this relay has been connected for a lease."""
+        lease = self.settings.lease_seconds
+        if self.connected_since is None or time.monotonic() - self.connected_since < lease:
+            return 0
+        reaped = 0
+        for claim, spent in await lifecycle.expired_leases(self.db, queue, lease_seconds=lease, limit=BATCH):
+            transition = lifecycle.decide(spent, lifecycle.Lost())
+            settled = await lifecycle.reap(self.db, claim, transition)
+            if settled is None:
+                continue
+            reaped += 1
+            log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
+            if settled.ended is not None:
+                await publisher.announce_end(self.broker, settled.ended)
+        return reaped
+
+    async def expire(self, queue: str) -> int:
+        """End waiting tasks whose time has passed."""
+        ended = await lifecycle.expire(self.db, queue, limit=BATCH)
+        for one in ended:
+            await publisher.announce_end(self.broker, one)
+        return len(ended)
+
+    async def deliver(self) -> int:
+        """Start sending the webhooks that are due, as many as may be on their way at once."""
+        room = DELIVERIES_AT_ONCE - len(self.sending)
+        if room <= 0:
+            return 0
+        claimed = await delivery.claim_due(self.db, limit=room, lease_seconds=DELIVERY_LEASE_SECONDS)
+        for one in claimed:
+            task = asyncio.create_task(self._send(one))
+            self.sending.add(task)
+            task.add_done_callback(self.sending.discard)
+        return len(claimed)
+
+    async def export(self) -> int:
+        """Export the state of the queues. A source that fails takes its series away, never shows 0."""
+        try:
+            counts = await lifecycle.queue_counts(self.db, self.settings.queues)
+            for one in counts:
+                depth = await self.broker.depth(one.queue)
+                metrics.show_queue(one.queue, depth=depth, waiting=one.waiting, running=one.running)
+        except (errors.DatabaseUnavailable, errors.BrokerUnavailable):
+            metrics.hide_queues()
+            raise
+        return len(counts)
+
+    async def _push(self, queue: str, bells: list[lifecycle.Bell], *, at_tail: bool) -> None:
+        if not bells:
+            return
+        try:
+            await self.broker.publish(queue, bells, at_tail=at_tail)
+        except errors.BrokerUnavailable:
+            await lifecycle.unpublish(self.db, bells)
+            raise
+
+    async def _send(self, claimed: delivery.Claimed) -> None:
+        body = delivery.body(claimed, self.settings.webhook_payload)
+        receipt = await self.sender.post(
+            claimed.url,
+            webhook_id=str(claimed.id),
+            body=body,
+            traceparent=claimed.traceparent,
+            timestamp_seconds=int(claimed.claimed_at.timestamp()),
+        )
+        verdict = delivery.decide(claimed.attempt, receipt, self.settings.webhook_schedule)
+        # If Postgres is away now, the lease runs out and the receiver hears of it again, under the same id.
+        with contextlib.suppress(errors.DatabaseUnavailable):
+            await delivery.settle(self.db, claimed, receipt, verdict)
+
+    async def watch_connection(self) -> None:
+        """Know since when Postgres answers, without a gap that this relay noticed."""
+        try:
+            await self.db.ping()
+        except errors.DatabaseUnavailable:
+            self.connected_since = None
+            self.notes.clear()
+            raise
+        if self.connected_since is None:
+            self.connected_since = time.monotonic()
+
+
+async def _every(seconds: float, sweep: Callable[[], Awaitable[object]], what: str) -> None:
+    """Repeat a sweep. An outage is logged once, and again when it ends."""
+    out = False
+    while True:
+        began = time.monotonic()
+        try:
+            await sweep()
+            if out:
+                log.info("%s goes on", what)
+            out = False
+        except (errors.DatabaseUnavailable, errors.BrokerUnavailable) as away:
+            if not out:
+                log.warning("%s waits: %s", what, away)
+            out = True
+        except Exception:
+            log.exception("%s failed", what)
+        await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
+
+
+async def serve(settings: Settings) -> None:
+    """Sweep until SIGTERM or SIGINT, then let the webhooks that are on their way arrive."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    database = Database(settings.postgres_dsn, max_connections=8, application_name="taskqueue-relay")
+    broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-relay", max_connections=8)
+    async with Sender.from_settings(settings) as sender:
+        relay = Relay(settings, database, broker, sender)
+        loops = [asyncio.create_task(one) for one in _loops(relay)]
+        await stop.wait()
+        for one in loops:
+            one.cancel()
+        await asyncio.gather(*loops, return_exceptions=True)
+        if relay.sending:
+            await asyncio.wait(relay.sending, timeout=settings.grace_seconds / 2)
+    await broker.close()
+    await database.close()
+
+
+def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
+    loops = [
+        _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
+        _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
+        _every(EXPORT_SECONDS, relay.export, "exporting the queues"),
+    ]
+    for queue in relay.settings.queues:
+        loops += [
+            _every(TICK_SECONDS, partial(_publish, relay, queue), f"publishing to {queue}"),
+            _every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
+            _every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
+            _every(NOTE_SECONDS, partial(relay.expire, queue), f"expiring in {queue}"),
+        ]
+    return loops
+
+
+async def _publish(relay: Relay, queue: str) -> None:
+    while await relay.publish_due(queue) == BATCH:
+        pass
+
+
+async def _look_for_lost(relay: Relay, queue: str) -> None:
+    await relay.note_tail(queue)
+    while await relay.publish_lost(queue) == BATCH:
+        pass
+
+
+async def _beat(relay: Relay) -> None:
+    await relay.watch_connection()
+    beat_file(relay.settings).parent.mkdir(parents=True, exist_ok=True)
+    beat_file(relay.settings).touch()
+
+
+def beat_file(settings: Settings) -> Path:
+    """The file whose time tells that the relay works."""
+    return settings.data_dir / "run" / "relay.beat"
+
+
+def run(settings: Settings) -> None:
+    """Run a relay until it is told to stop."""
+    telemetry.configure_logging(settings, "relay")
+    telemetry.configure(settings, "relay")
+    metrics.serve(settings.metrics_port)
+    for secret in settings.webhook_secrets:
+        webhook_key(secret.get_secret_value())
+    if not settings.webhook_secrets:
+        log.warning("TASKQUEUE_WEBHOOK_SECRET is not set: webhooks are sent without a signature")
+    if not settings.webhook_blocked_cidrs and not settings.webhook_allow_private:
+        log.warning("TASKQUEUE_WEBHOOK_BLOCKED_CIDRS is not set: name your own ranges, so that no webhook reaches them")
+    asyncio.run(serve(settings))

@@ -1,0 +1,259 @@
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+import redis.asyncio
+from standardwebhooks import Webhook
+
+from app import broker, lifecycle
+from app.broker import Broker
+from app.core import errors
+from app.core.config import Settings
+from app.db import Database
+from app.lifecycle import Budgets, Error, RetryAsked, Succeeded, decide
+from app.relay import Relay
+from app.utils.webhook import Sender
+from tests.conftest import settings_for
+from tests.support.database import events, opened, row, started, submitted
+from tests.support.network import closed_port
+from tests.support.receiver import Answer, Receiver
+from tests.support.waiting import until
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[Database]:
+    async with opened(settings) as database:
+        yield database
+
+
+@pytest.fixture
+async def plain(settings: Settings) -> AsyncIterator[redis.asyncio.Redis]:
+    async with redis.asyncio.Redis.from_url(settings.redis_url.get_secret_value()) as client:
+        yield client
+
+
+@pytest.fixture
+async def relay(db: Database, postgres_url: str, redis_url: str) -> AsyncIterator[Relay]:
+    """A relay without patience: a note proves a loss at once, and leases are one second."""
+    settings = settings_for(
+        postgres_url,
+        redis_url,
+        TASKQUEUE_LEASE_SECONDS=1,
+        TASKQUEUE_WEBHOOK_ALLOW_PRIVATE=True,
+        TASKQUEUE_WEBHOOK_SECRET=SECRET,
+        TASKQUEUE_WEBHOOK_SCHEDULE="0 0 0",
+    )
+    wire = Broker(redis_url, client_name="test")
+    async with Sender.from_settings(settings) as sender:
+        yield Relay(settings, db, wire, sender, grace_seconds=0.0, connected_since=time.monotonic() - 60)
+    await wire.close()
+
+
+async def queued(plain: redis.asyncio.Redis) -> list[UUID]:
+    """Whose messages wait, in the order in which they will be consumed."""
+    raw = await plain.lrange("default", 0, -1)
+    return [broker.decode(one).task_id for one in reversed(raw) if isinstance(one, bytes)]
+
+
+async def test_due_rows_are_pushed_once_in_the_order_they_became_due(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    later = await submitted(db, delay_seconds=60.0)
+    due = [await submitted(db, delay_seconds=0.01 * n) for n in (3, 1, 2)]
+    await db.execute("UPDATE task SET run_at = now() - interval '1 s' + (run_at - created_at) WHERE id <> $1", later)
+
+    assert await relay.publish_due("default") == 3
+    assert await relay.publish_due("default") == 0
+    assert await queued(plain) == [due[1], due[2], due[0]]
+
+
+async def test_a_released_task_goes_ahead_and_a_retried_one_to_the_end(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    released, retried, waiting = [await submitted(db) for _ in range(3)]
+    await relay.broker.publish("default", [_bell(await row(db, waiting))])
+    for task_id, outcome in (
+        (released, lifecycle.Interrupted()),
+        (retried, RetryAsked(Error(type="E"), 0.0)),
+    ):
+        claimed = await started(db, task_id)
+        await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, outcome))
+
+    assert await relay.publish_due("default") == 2
+    assert await queued(plain) == [released, waiting, retried]
+
+
+async def test_a_flushed_queue_is_filled_again(relay: Relay, db: Database, plain: redis.asyncio.Redis) -> None:
+    tasks = [await submitted(db) for _ in range(5)]
+    await plain.flushdb()
+
+    await relay.note_tail("default")
+    assert await relay.publish_lost("default") == 5
+    assert await queued(plain) == tasks
+    assert await relay.publish_lost("default") == 0, "a push after the note is not missed"
+
+
+async def test_what_waits_behind_the_tail_is_not_lost(relay: Relay, db: Database, plain: redis.asyncio.Redis) -> None:
+    lost, first, second = [await submitted(db) for _ in range(3)]
+    await relay.broker.publish("default", [_bell(await row(db, first)), _bell(await row(db, second))])
+
+    await relay.note_tail("default")
+    assert await relay.publish_lost("default") == 1
+    assert await queued(plain) == [lost, first, second], "it is next, as it would have been"
+
+
+async def test_a_message_pushed_again_causes_no_storm_when_its_task_retries(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    lost = await submitted(db)
+    backlog = [await submitted(db) for _ in range(50)]
+    await relay.broker.publish("default", [_bell(await row(db, one)) for one in backlog])
+    await relay.note_tail("default")
+    assert await relay.publish_lost("default") == 1
+    claimed = await started(db, lost)
+    await plain.rpop("default")
+    await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, RetryAsked(Error(type="E"), 0.0)))
+    await relay.publish_due("default")
+
+    for _ in range(3):
+        await relay.note_tail("default")
+        assert await relay.publish_lost("default") == 0
+    assert await queued(plain) == [*backlog, lost]
+
+
+async def test_garbage_at_the_tail_stops_nothing(relay: Relay, db: Database, plain: redis.asyncio.Redis) -> None:
+    await submitted(db)
+    await plain.rpush("default", *[b"\x00garbage"] * 20)
+
+    await relay.note_tail("default")
+    assert await relay.publish_lost("default") == 0, "an unreadable tail proves nothing"
+    await plain.delete("default")
+    await relay.note_tail("default")
+    assert await relay.publish_lost("default") == 1
+
+
+async def test_a_note_proves_nothing_before_the_grace_is_over(relay: Relay, db: Database) -> None:
+    relay.grace_seconds = 10.0
+    await submitted(db)
+    for _ in range(3):
+        await relay.note_tail("default")
+
+    assert await relay.publish_lost("default") == 0
+
+
+async def test_with_redis_away_nothing_is_stamped(relay: Relay, db: Database) -> None:
+    task_id = await submitted(db, delay_seconds=0.001)
+    relay.broker = Broker(f"redis://127.0.0.1:{closed_port()}/0", client_name="test")
+
+    with pytest.raises(errors.BrokerUnavailable):
+        await relay.publish_due("default")
+    assert (await row(db, task_id))["published_at"] is None
+
+
+async def test_a_lost_worker_s_task_runs_again_and_is_not_billed_for_a_crash(relay: Relay, db: Database) -> None:
+    task_id = await submitted(db)
+    await started(db, task_id, lease_seconds=0.0)
+
+    assert await until(lambda: relay.reap("default"), what="the reap") == 1
+    stored = await row(db, task_id)
+    assert (stored["status"], stored["losses"], stored["crashes"], stored["failures"]) == ("RETRY", 1, 0, 0)
+    assert await relay.publish_due("default") == 1
+
+
+async def test_nothing_is_reaped_before_this_relay_was_connected_for_a_lease(relay: Relay, db: Database) -> None:
+    await started(db, await submitted(db), lease_seconds=0.0)
+
+    relay.connected_since = time.monotonic()
+    assert await relay.reap("default") == 0
+    relay.connected_since = None
+    assert await relay.reap("default") == 0
+
+
+async def test_the_last_loss_ends_the_task_and_tells_celery_s_waiters(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    task_id = await submitted(db, webhook_url="https://example.com/hook")
+    await started(db, task_id, lease_seconds=0.0)
+    await db.execute("UPDATE task SET losses = 9 WHERE id = $1", task_id)
+
+    await until(lambda: relay.reap("default"), what="the reap")
+
+    assert (await row(db, task_id))["error_type"] == "WorkerLost"
+    assert await events(db, task_id) == ["task.failed"]
+    meta = await plain.get(f"celery-task-meta-{task_id}")
+    assert meta is not None
+    assert json.loads(meta)["result"]["exc_type"] == "WorkerLost"
+
+
+async def test_an_expired_task_tells_celery_s_waiters(relay: Relay, db: Database, plain: redis.asyncio.Redis) -> None:
+    task_id = await submitted(db, expires_in_seconds=0.0)
+
+    assert await relay.expire("default") == 1
+    assert await plain.exists(f"celery-task-meta-{task_id}")
+
+
+async def ended(db: Database, url: str) -> UUID:
+    task_id = await submitted(db, webhook_url=url)
+    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), Succeeded('{"pages":3}')))
+    return task_id
+
+
+async def delivered(relay: Relay, task_id: UUID) -> bool:
+    await relay.deliver()
+    found = await lifecycle.view(relay.db, task_id)
+    return found is not None and found.webhook_status in {"delivered", "exhausted"}
+
+
+async def test_a_webhook_arrives_signed_and_says_what_the_task_did(relay: Relay, db: Database) -> None:
+    with Receiver() as receiver:
+        task_id = await ended(db, receiver.url)
+        await until(lambda: delivered(relay, task_id), what="the delivery")
+        [request] = receiver.requests
+
+    said = Webhook(SECRET).verify(request.body, dict(request.headers))
+    assert said["type"] == "task.succeeded"
+    assert said["data"]["task_id"] == str(task_id)
+    assert said["data"]["result"] == {"pages": 3}
+    assert request.headers["content-type"] == "application/json"
+
+
+async def test_a_webhook_is_retried_under_the_same_id_with_the_same_body(relay: Relay, db: Database) -> None:
+    with Receiver([Answer(status=500), Answer(status=503)]) as receiver:
+        task_id = await ended(db, receiver.url)
+        await until(lambda: delivered(relay, task_id), what="the delivery")
+        requests = receiver.requests
+
+    assert len(requests) == 3
+    assert len({request.headers["webhook-id"] for request in requests}) == 1
+    assert len({request.body for request in requests}) == 1
+    view = await lifecycle.view(db, task_id)
+    assert view is not None
+    assert (view.webhook_status, view.status) == ("delivered", "SUCCESS")
+
+
+async def test_a_receiver_that_never_answers_well_exhausts_the_schedule_and_changes_no_task(
+    relay: Relay, db: Database
+) -> None:
+    with Receiver(lambda _: Answer(status=500)) as receiver:
+        task_id = await ended(db, receiver.url)
+        await until(lambda: delivered(relay, task_id), what="the end of the schedule")
+        assert len(receiver.requests) == 3
+
+    view = await lifecycle.view(db, task_id)
+    assert view is not None
+    assert (view.webhook_status, view.status) == ("exhausted", "SUCCESS")
+
+
+def _bell(stored: Any) -> lifecycle.Bell:
+    return lifecycle.Bell(
+        task_id=stored["id"],
+        name=stored["name"],
+        queue=stored["queue"],
+        attempt=stored["attempt"],
+        position=stored["position"],
+    )

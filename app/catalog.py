@@ -1,0 +1,251 @@
+"""The tasks that may be submitted: name → function, parameter schema, retry policy, limits, queue.
+
+A task is a typed Python function under a stable name:
+
+    from app.catalog import task
+
+    @task("reports.render", queue="reports", max_retries=5, autoretry_for=(OSError,), retry_backoff=True)
+    def render(month: str, pages: int = 1) -> str: ...
+
+The signature is the schema: arguments are checked against it before anything is
+written, and turned into its types before the function runs. What `@task` returns
+is a real Celery task.
+"""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
+
+from app.core import errors
+from app.core.config import QUEUE_NAME, Settings
+from app.parameters import Parameters
+from app.worker import execution
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,255}")
+MAX_RETRIES_LIMIT = 100
+BUILT_IN_MODULE = "app.worker.tasks"
+SAMPLE_MODULE = "app.worker.sample_tasks"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class DurableFunction(Protocol, Generic[P, R_co]):
+    """What `@task` makes of a function: still callable, and a Celery task."""
+
+    name: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Run it here and now, without a queue."""
+        ...
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Submit it; returns Celery's `AsyncResult`."""
+        ...
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Submit it with options such as `countdown`; returns Celery's `AsyncResult`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A task that may be submitted.
+
+    Attributes:
+        name: stable; it outlives renames of the function.
+        function: as it was written.
+        queue: where it waits unless the submit says otherwise.
+        max_retries: runs after a failed first one, unless the submit says otherwise.
+        time_limit: seconds that one attempt may take; None for any.
+        description: the first paragraph of the function's docstring.
+        parameters: what it accepts.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    queue: str
+    max_retries: int
+    time_limit: float | None
+    description: str
+    parameters: Parameters
+
+    def validate_call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Check arguments as they came in JSON: no number for a text, no text for a number.
+
+        Raises:
+            ValidationFailed: with pointers such as `/args/0` and `/kwargs/x`, and no values.
+        """
+        self.parameters.validate(args, kwargs)
+
+    def bind(self, args: str, kwargs: str) -> dict[str, Any]:
+        """The arguments of a stored task, in the types of the signature.
+
+        What was not given is left out, so that the function's own defaults hold.
+
+        Args:
+            args: a JSON array, as text.
+            kwargs: a JSON object, as text.
+
+        Raises:
+            ValidationFailed: if they don't fit this release's signature.
+        """
+        return self.parameters.bind(args, kwargs)
+
+    def parameters_schema(self) -> dict[str, Any]:
+        """The JSON Schema (2020-12) of the parameters, as an object by name."""
+        return self.parameters.schema()
+
+
+_registry: dict[str, Entry] = {}
+
+
+class TaskDecorator:
+    """`@task(…)`, and what a running task may say about itself."""
+
+    def __call__(
+        self,
+        name: str,
+        *,
+        queue: str | None = None,
+        max_retries: int = 3,
+        autoretry_for: tuple[type[Exception], ...] = (),
+        retry_backoff: bool | int = False,
+        retry_backoff_max: int = 600,
+        retry_jitter: bool = True,
+        time_limit: float | None = None,
+    ) -> Callable[[Callable[P, R]], DurableFunction[P, R]]:
+        """Register a function as a task.
+
+        Args:
+            name: 1 to 255 letters, digits and `_ . - :`; what clients submit.
+            queue: where it waits; `default` unless given.
+            max_retries: runs after a failed first one, 0 to 100.
+            autoretry_for: exceptions after which it runs again. All others end it.
+            retry_backoff: wait 1, 2, 4, … seconds before retries; a number is the first wait in seconds.
+            retry_backoff_max: the longest such wait, in seconds.
+            retry_jitter: draw each wait from zero to its value ("full jitter").
+            time_limit: seconds after which one attempt is killed.
+
+        Raises:
+            TaskDeclarationError: if an option, the name or the signature can't be used, or the name is taken.
+        """
+        _check_options(name, queue, max_retries, time_limit)
+
+        def register(function: Callable[P, R]) -> DurableFunction[P, R]:
+            entry = Entry(
+                name=name,
+                function=function,
+                queue=queue or "default",
+                max_retries=max_retries,
+                time_limit=time_limit,
+                description=_first_paragraph(function),
+                parameters=Parameters(name, function),
+            )
+            _add(entry)
+            made = execution.celery.task(
+                name=name,
+                base=execution.DurableTask,
+                shared=False,
+                entry=entry,
+                max_retries=max_retries,
+                autoretry_for=autoretry_for,
+                retry_backoff=retry_backoff,
+                retry_backoff_max=retry_backoff_max,
+                retry_jitter=retry_jitter,
+            )(function)
+            return cast(DurableFunction[P, R], made)
+
+        return register
+
+    def progress(self, fraction: float, message: str | None = None) -> None:
+        """Show how far the running task is.
+
+        Args:
+            fraction: from 0 to 1.
+            message: a few words for people.
+        """
+        execution.progress(fraction, message)
+
+
+task = TaskDecorator()
+
+
+def lookup(name: str) -> Entry:
+    """The task of this name.
+
+    Raises:
+        ValidationFailed: if none is registered; it points to `/task`.
+    """
+    try:
+        return _registry[name]
+    except KeyError:
+        fault = errors.FieldError("/task", "No task of this name is registered")
+        raise errors.ValidationFailed([fault]) from None
+
+
+def entries() -> tuple[Entry, ...]:
+    """Every registered task, by name."""
+    return tuple(_registry[name] for name in sorted(_registry))
+
+
+def load_modules(settings: Settings) -> None:
+    """Import whatever registers tasks: the built-in ones, the samples if wanted, the operator's own.
+
+    Raises:
+        SettingsError: if one of `TASKQUEUE_TASK_MODULES` can't be imported.
+    """
+    importlib.import_module(BUILT_IN_MODULE)
+    if settings.sample_tasks:
+        importlib.import_module(SAMPLE_MODULE)
+    if settings.task_modules and not {"", os.getcwd()} & set(sys.path):  # noqa: PTH109  # sys.path holds texts
+        # As Celery's own command does it; last, so that nothing installed is hidden.
+        sys.path.append(os.getcwd())  # noqa: PTH109  # as above
+    for module in settings.task_modules:
+        try:
+            importlib.import_module(module)
+        except Exception as failed:
+            raise errors.SettingsError(_import_failure(module, failed)) from failed
+
+
+def _import_failure(module: str, failed: Exception) -> str:
+    reason = " ".join(str(failed).split()) or "no reason given"
+    return f"TASKQUEUE_TASK_MODULES is wrong: {module} can't be imported ({type(failed).__name__}: {reason})"
+
+
+def _add(entry: Entry) -> None:
+    known = _registry.get(entry.name)
+    if known is not None and _origin(known.function) != _origin(entry.function):
+        taken = ".".join(_origin(known.function))
+        raise errors.TaskDeclarationError(f"Task {entry.name}: the name is taken by {taken}")
+    _registry[entry.name] = entry
+
+
+def _origin(function: Callable[..., Any]) -> tuple[str, str]:
+    return str(function.__module__), str(getattr(function, "__qualname__", ""))
+
+
+def _first_paragraph(function: Callable[..., Any]) -> str:
+    paragraph = (function.__doc__ or "").strip().split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _check_options(name: str, queue: str | None, max_retries: int, time_limit: float | None) -> None:
+    for fault in _option_faults(name, queue, max_retries, time_limit):
+        raise errors.TaskDeclarationError(f"Task {name[:255]}: {fault}")
+
+
+def _option_faults(name: str, queue: str | None, max_retries: int, time_limit: float | None) -> Iterable[str]:
+    if not TASK_NAME.fullmatch(name):
+        yield "the name must be 1 to 255 letters, digits and _ . - :"
+    if queue is not None and not QUEUE_NAME.fullmatch(queue):
+        yield "the queue must be 1 to 64 letters, digits and _ . : -"
+    if not 0 <= max_retries <= MAX_RETRIES_LIMIT:
+        yield f"max_retries must be 0 to {MAX_RETRIES_LIMIT}"
+    if time_limit is not None and not time_limit > 0:
+        yield "time_limit must be more than 0 seconds"

@@ -1,0 +1,253 @@
+"""The worker process: the Celery app with its Redis configuration, its pool, and the keeper beside it.
+
+Stock Celery consumes the queues and runs the pool. What it is not asked for:
+acknowledgements, visibility timeouts, remote control, task events, ETA messages
+and results. The row and its fence do all of that, and each of these has lost or
+repeated somebody's tasks.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+from celery import bootsteps, signals
+from celery.exceptions import SecurityWarning
+from celery.worker import state
+
+from app import catalog
+from app.core import config, telemetry
+from app.core.config import Settings
+from app.worker import bridge, execution
+from app.worker.slots import Slots
+
+SOCKET_TIMEOUT_SECONDS = 10
+BEAT_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+def configuration(settings: Settings) -> dict[str, Any]:
+    """Celery's settings on this Redis. The reason stands beside each that is not obvious."""
+    redis_url = settings.redis_url.get_secret_value()
+    return {
+        "broker_url": redis_url,
+        "result_backend": redis_url,
+        "result_expires": 3600,
+        "task_default_queue": settings.queues[0],
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        # A slot takes one message at a time and none waits inside a worker, where nobody could see it.
+        "task_acks_late": True,
+        "worker_prefetch_multiplier": 1,
+        # A lost worker's task is brought back by its row, within its budget; Celery would repeat it without end.
+        "task_reject_on_worker_lost": False,
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        # With remote control on, a Redis outage ends the main process, and whoever writes to Redis commands it.
+        "worker_enable_remote_control": False,
+        "worker_send_task_events": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_pool_acquire_timeout": 5,
+        "broker_transport_options": {
+            # Messages are hints: without the `unacked` hash there is nothing to leak, restore or block on.
+            "ack_emulation": False,
+            "priority_steps": [0],
+            # Without timeouts one dropped connection hangs the main process for ever.
+            "socket_timeout": SOCKET_TIMEOUT_SECONDS,
+            "socket_connect_timeout": 3,
+            "socket_keepalive": True,
+            "health_check_interval": SOCKET_TIMEOUT_SECONDS,
+        },
+        "redis_socket_timeout": SOCKET_TIMEOUT_SECONDS,
+        "redis_socket_connect_timeout": 3,
+        "redis_retry_on_timeout": False,
+    }
+
+
+class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Starts the keeper with the worker, and again whenever it dies."""
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._timer: Any = None
+
+    def start(self, worker: Any) -> None:
+        """Start the keeper and look after it."""
+        self._ensure()
+        self._timer = worker.timer.call_repeatedly(1.0, self._ensure)
+
+    def stop(self, worker: Any) -> None:
+        """Leave the keeper alone: it ends by itself, once it has settled what this worker leaves behind."""
+        del worker
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def refuse(self, task_id: str, attempt: int, name: str) -> None:
+        """Have a task handed back that this worker does not know. A lost line costs one search for lost messages."""
+        line = json.dumps({"refuse": {"id": task_id, "attempt": attempt, "name": name}}) + "\n"
+        try:
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(line.encode())
+        except (BrokenPipeError, BlockingIOError):
+            log.warning("the keeper did not take a refusal; the search for lost messages will")
+
+    def _ensure(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is not None:
+            log.error("the keeper ended with code %s and is started again", self._process.returncode)
+        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd)]
+        self._process = subprocess.Popen(command, pass_fds=[_slots().fd], stdin=subprocess.PIPE, bufsize=0)
+        assert self._process.stdin is not None  # noqa: S101  # stdin=PIPE
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+
+class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Touches a file while the main loop turns and can consume: what a probe looks at.
+
+    The main loop can turn while nothing is consumed any more, so a worker that
+    could take messages, has none, and does not, shows no beat.
+    """
+
+    requires = ("celery.worker.components:Timer",)
+
+    def __init__(self, worker: Any, **options: Any) -> None:
+        super().__init__(worker, **options)
+        self._timer: Any = None
+
+    def start(self, worker: Any) -> None:
+        """Beat every two seconds."""
+        self._timer = worker.timer.call_repeatedly(BEAT_SECONDS, self._beat, (worker,))
+
+    def stop(self, worker: Any) -> None:
+        """Stop beating."""
+        del worker
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _beat(self, worker: Any) -> None:
+        consumer = getattr(worker, "consumer", None)
+        task_consumer = getattr(consumer, "task_consumer", None)
+        if task_consumer is None or not getattr(consumer, "connection", None):
+            return
+        idle = not state.active_requests and not state.reserved_requests
+        if idle and not task_consumer.channel.qos.can_consume():
+            log.error("nothing runs and nothing can be consumed")
+            return
+        beat_file(_settings()).touch()
+
+
+def beat_file(settings: Settings) -> Path:
+    """The file whose time tells that the worker works."""
+    return settings.data_dir / "run" / "worker.beat"
+
+
+app = execution.celery
+app.steps["worker"].update({KeeperStep, BeatStep})
+app.add_defaults(lambda: configuration(_settings()))
+app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "app.worker.results:RowBackend")
+
+_loaded: Settings | None = None
+_shared: Slots | None = None
+
+
+def _settings() -> Settings:
+    """The settings of this process, read at first use: importing this module needs none."""
+    global _loaded  # noqa: PLW0603  # one per process
+    if _loaded is None:
+        _loaded = config.load()
+    return _loaded
+
+
+def _slots() -> Slots:
+    assert _shared is not None  # noqa: S101  # made by run_worker before the pool starts
+    return _shared
+
+
+def _register_tasks(**_: Any) -> None:
+    catalog.load_modules(_settings())
+
+
+def run_worker(settings: Settings) -> None:
+    """Consume `settings.queues` until told to stop. The first SIGTERM is warm; see `_turn_cold`."""
+    global _loaded, _shared  # noqa: PLW0603  # one per process
+    _loaded = settings
+    _shared = Slots.create(settings.concurrency)
+    execution.attach(_shared)
+    beat_file(settings).parent.mkdir(parents=True, exist_ok=True)
+    telemetry.configure_logging(settings, "worker")
+    _quieten()
+    catalog.load_modules(settings)
+    app.worker_main(
+        [
+            "--quiet",
+            "worker",
+            "--pool=prefork",
+            f"--concurrency={settings.concurrency}",
+            f"--queues={','.join(settings.queues)}",
+            f"--loglevel={settings.log_level}",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
+    )
+
+
+def _quieten() -> None:
+    """One line per attempt is ours; Celery's own tell what it believes, not what the row says."""
+    for name in ("celery.app.trace", "celery.worker.strategy"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
+    # Running as root is for the image to rule out; nothing here unpickles what comes from outside.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+
+
+def _keep_logging(**_: Any) -> None:
+    """Being connected is enough: Celery then leaves the logging of this process alone."""
+
+
+def _start_child(**_: Any) -> None:
+    execution.occupy()
+
+
+def _stop_child(**_: Any) -> None:
+    bridge.close()
+
+
+def _refuse(sender: Any = None, message: Any = None, name: str = "", **others: Any) -> None:
+    """A rolling deploy: this worker is older or newer than the submit. Another may know the task."""
+    attempt = message.headers.get("attempt")
+    for step in sender.controller.steps if sender is not None else ():
+        if isinstance(step, KeeperStep) and type(attempt) is int:
+            step.refuse(str(others.get("id")), attempt, name)
+
+
+def _turn_cold(how: str = "", **_: Any) -> None:
+    """A warm shutdown lets running tasks end; near the end of the grace it hands back those that still run."""
+    _slots().announce_stop()
+    if how == "Warm":
+        timer = threading.Timer(_settings().cold_after_seconds, os.kill, (os.getpid(), signal.SIGQUIT))
+        timer.daemon = True
+        timer.start()
+
+
+app.on_after_configure.connect(_register_tasks)
+signals.setup_logging.connect(_keep_logging)
+signals.worker_process_init.connect(_start_child)
+signals.worker_process_shutdown.connect(_stop_child)
+signals.task_unknown.connect(_refuse)
+signals.worker_shutting_down.connect(_turn_cold)

@@ -1,0 +1,455 @@
+"""How one attempt runs: claim → run → settle → tell.
+
+`DurableTask` is the base class of every task. In a worker it takes only an id,
+an attempt number and a name from the message; arguments come from the row. What
+happened to the function (an outcome) is kept apart from what it means
+(`lifecycle.decide`) and from what is written (`lifecycle.settle`). From Python,
+`delay`, `apply_async` and `send_task` make the same durable row as the API.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, ClassVar, NoReturn, Protocol
+from uuid import UUID, uuid4
+
+from billiard.common import terminate_handler_fired
+from celery import Celery, Task
+from celery.exceptions import Ignore, NotRegistered, Retry, SoftTimeLimitExceeded
+from celery.result import AsyncResult
+from pydantic_core import to_jsonable_python
+
+from app import db, lifecycle, publisher
+from app.core import errors, ids, telemetry
+from app.core.config import Settings
+from app.lifecycle import Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
+from app.worker import bridge, signals
+from app.worker.slots import Running, Slots
+
+RESULT_LIMIT_BYTES = 1024 * 1024
+PROGRESS_INTERVAL_SECONDS = 0.5
+MOST_ATTEMPTS = 2**31 - 1
+"""What the column holds; a forged number beyond it must not reach Postgres."""
+DYING_SECONDS = 5.0
+"""How long a child waits for the keeper to kill it, after the death of its attempt was ordered."""
+
+log = logging.getLogger(__name__)
+
+
+class Declared(Protocol):
+    """What the catalogue knows about a task that runs here. `catalog.Entry` is one."""
+
+    @property
+    def queue(self) -> str: ...  # noqa: D102  # a field, described by the class that has it
+    @property
+    def max_retries(self) -> int: ...  # noqa: D102  # as above
+    @property
+    def time_limit(self) -> float | None: ...  # noqa: D102  # as above
+    def validate_call(self, args: list[Any], kwargs: dict[str, Any]) -> None: ...  # noqa: D102  # as above
+    def bind(self, args: str, kwargs: str) -> dict[str, Any]: ...  # noqa: D102  # as above
+
+
+class RetryLater(Retry):  # type: ignore[misc]  # Celery ships no types
+    """Raised by `retry()`: the attempt is over, and another is wanted."""
+
+    def __init__(self, cause: BaseException | None, delay_seconds: float, max_retries: int | None) -> None:
+        super().__init__(exc=cause if isinstance(cause, Exception) else None, when=delay_seconds)
+        self.cause = cause
+        self.delay_seconds = delay_seconds
+        self.max_retries = max_retries
+
+
+class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
+    """A task whose row decides. Declared with `catalog.task`."""
+
+    abstract = True
+    entry: ClassVar[Declared | None] = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function: for a message, as an attempt of its row; called directly, as a plain function."""
+        if self.request.called_directly or self.request.is_eager:
+            return self.run(*args, **kwargs)
+        run_attempt(self)
+        # Nothing is returned, and nothing raised that is not ours to raise: Celery logs and reports both.
+        return None
+
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
+    ) -> AsyncResult:
+        """Submit this task durably. Takes the options of `DurableCelery.send_task`."""
+        return self.app.send_task(self.name, args, kwargs, task_id=task_id, **options)
+
+    def retry(  # noqa: PLR0917  # Celery's signature
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: BaseException | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """End this attempt and ask for another; nothing is published, the row gets a `run_at`.
+
+        Celery's `autoretry_for` calls this with the countdown that `retry_backoff` asks for.
+
+        Args:
+            args: not supported: a retried task keeps its arguments.
+            kwargs: as `args`.
+            exc: why; the exception being handled unless given.
+            throw: raise at once, or return what to raise.
+            eta: when to run again; or `countdown` seconds from now; else `default_retry_delay`.
+            countdown: seconds from now.
+            max_retries: fewer retries than the task has, for this cause.
+            options: not supported.
+        """
+        if args is not None or kwargs is not None or options:
+            raise TypeError("retry() keeps the task's arguments and options")
+        cause = exc or sys.exc_info()[1]
+        if self.request.called_directly:
+            raise cause or RuntimeError("retry() was called outside a worker")
+        if eta is not None:
+            countdown = (eta - datetime.now(UTC)).total_seconds()
+        delay = self.default_retry_delay if countdown is None else countdown
+        again = RetryLater(cause, max(0.0, float(delay)), max_retries)
+        if throw:
+            raise again from cause
+        return again
+
+
+class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
+    """The Celery app, with a durable row behind every way of submitting."""
+
+    task_cls = DurableTask
+
+    def on_configure(self) -> None:
+        """Load the configuration, for a program that imported only a module of tasks."""
+        importlib.import_module("app.celery_app")
+
+    def send_task(  # noqa: PLR0917  # Celery's signature
+        self,
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        connection: Any = None,
+        router: Any = None,
+        result_cls: Any = None,
+        expires: float | datetime | None = None,
+        queue: Any = None,
+        retries: int = 0,
+        time_limit: float | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """Submit a catalogued task durably, as `POST /api/tasks/submit` does.
+
+        Args:
+            name: of a task that is registered here.
+            args: positional arguments, checked against the task's signature.
+            kwargs: as `args`.
+            countdown: seconds from now until it is due; or `eta`.
+            eta: when it is due.
+            task_id: a UUID; made here unless given. An id that exists already is not submitted again.
+            producer: ignored, as are `connection`, `router` and `result_cls`: the row is the queue.
+            connection: ignored.
+            router: ignored.
+            result_cls: ignored.
+            expires: seconds from now, or when, after which it must not start any more.
+            queue: a name or a kombu Queue; the task's own unless given.
+            retries: how many of its retries count as spent.
+            time_limit: seconds that one attempt may take; the task's own unless given.
+            options: callbacks, chords and the like are refused; the rest has no meaning here.
+
+        Raises:
+            NotRegistered: if no such task is known here.
+            ValidationFailed: if the arguments don't fit its signature.
+            DatabaseUnavailable: if Postgres is away; the task may be there all the same.
+        """
+        del producer, connection, router, result_cls
+        refused = sorted(option for option in ("link", "link_error", "chord", "chain") if options.get(option))
+        if refused:
+            raise TypeError(f"{name} can't be submitted with {', '.join(refused)}: only single tasks are durable")
+        here = bridge.current()
+        entry = self._entry(name)
+        as_json = _arguments(entry, args, kwargs)
+        new = lifecycle.NewTask(
+            id=UUID(task_id) if task_id else ids.uuid7(),
+            name=name,
+            queue=_queue_name(queue or entry.queue, here.settings),
+            args=as_json[0],
+            kwargs=as_json[1],
+            max_retries=entry.max_retries,
+            time_limit=entry.time_limit if time_limit is None else time_limit,
+            delay_seconds=countdown or 0.0,
+            due_at=_aware(eta),
+            expires_in_seconds=None if isinstance(expires, datetime) else expires,
+            expires_at=_aware(expires) if isinstance(expires, datetime) else None,
+            traceparent=telemetry.current_traceparent({}),
+            failures=retries,
+        )
+        here.run(_submit(here, new))
+        return self.AsyncResult(str(new.id))
+
+    def _entry(self, name: str) -> Declared:
+        task = self.tasks.get(name)
+        entry: Declared | None = getattr(task, "entry", None)
+        if entry is None:
+            raise NotRegistered(name)
+        return entry
+
+
+celery = DurableCelery("taskqueue", set_as_current=True)
+
+
+async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
+    bell = await lifecycle.submit(here.db, new)
+    if bell is None:
+        return
+    try:
+        await here.broker.publish(bell.queue, [bell])
+    except errors.BrokerUnavailable:
+        # The row is committed; without its stamp the relay publishes it as soon as Redis is back.
+        await lifecycle.unpublish(here.db, [bell])
+
+
+def _arguments(entry: Declared, args: Any, kwargs: Any) -> tuple[str, str]:
+    """The arguments as JSON texts, checked against the signature."""
+    positional, named = (
+        json.dumps(value, allow_nan=False, ensure_ascii=False, default=to_jsonable_python)
+        for value in (list(args or ()), dict(kwargs or {}))
+    )
+    entry.validate_call(json.loads(positional), json.loads(named))
+    return positional, named
+
+
+def _queue_name(queue: Any, settings: Settings) -> str:
+    name = str(getattr(queue, "name", queue))
+    if name not in settings.queues:
+        raise ValueError(f"queue {name!r} is not one of TASKQUEUE_QUEUES")
+    return name
+
+
+def _aware(when: datetime | None) -> datetime | None:
+    """Celery takes a naive time for UTC (`enable_utc`)."""
+    return when.replace(tzinfo=UTC) if when is not None and when.tzinfo is None else when
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What this process is running. One at a time: a pool child has one main thread."""
+
+    claimed: Claimed
+    started: float
+    progress_shown: float = -math.inf
+
+
+_running: _Attempt | None = None
+_slots: Slots | None = None
+_slot: int | None = None
+
+
+def attach(slots: Slots) -> None:
+    """Use these slots to show what runs here; called once in a worker's main process, before it forks."""
+    global _slots  # noqa: PLW0603  # one pool per process
+    _slots = slots
+
+
+def occupy() -> None:
+    """Take a slot for this pool child; called once in each, after the fork."""
+    global _slot  # noqa: PLW0603  # one per child
+    if _slots is not None:
+        _slot = _slots.occupy(os.getpid())
+
+
+def run_attempt(task: DurableTask) -> None:
+    """Run the attempt that the current message offers, if the row agrees.
+
+    Raises:
+        Ignore: if the message was a duplicate or stale, or its claim was superseded: Celery reports nothing.
+        SystemExit: if the worker is stopping; the task has been handed back.
+    """
+    wanted = _wanted(task)
+    signals.hold()
+    try:
+        # Shown before it is claimed: if this process dies in between, the keeper knows what to settle.
+        _show(Running(wanted, started=0.0, limit_seconds=0.0))
+        claimed = _claim(task, wanted)
+        if claimed is None:
+            raise Ignore
+        _show(Running(wanted, started=time.monotonic(), limit_seconds=claimed.time_limit or 0.0))
+        outcome = _perform(task, claimed)
+        signals.hold()
+        settled = _settle(claimed, outcome)
+        _tell(claimed, outcome, settled)
+    finally:
+        _clear(wanted)
+        signals.release()
+    if isinstance(outcome, Interrupted):
+        raise SystemExit(0)
+    if settled is None:
+        raise Ignore
+
+
+def _wanted(task: DurableTask) -> Claim:
+    """The claim that the message asks for. Raises Ignore if it is not one of ours."""
+    attempt = getattr(task.request, "attempt", None)
+    with contextlib.suppress(TypeError, ValueError):
+        if type(attempt) is int and 0 <= attempt < MOST_ATTEMPTS:
+            return Claim(UUID(task.request.id), attempt + 1, uuid4())
+    log.warning("dropped a message for %s that this service did not write", task.name)
+    raise Ignore
+
+
+def _claim(task: DurableTask, wanted: Claim) -> Claimed | None:
+    here = bridge.current()
+    return here.run(
+        db.insist(
+            lambda: lifecycle.claim(
+                here.db, wanted, name=task.name, worker=_worker_name(), lease_seconds=here.settings.lease_seconds
+            ),
+            what="a claim",
+        )
+    )
+
+
+def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
+    """Run the function. Never raises: whatever happens is an outcome."""
+    global _running  # noqa: PLW0603  # one at a time
+    # Celery computes the backoff from this; crashes and releases must not lengthen it.
+    task.request.retries = claimed.budgets.failures
+    _running = _Attempt(claimed, time.monotonic())
+    try:
+        with signals.let_through():
+            result = _call(task, claimed)
+        return _serialised(result)
+    except RetryLater as again:
+        error = _describe(again.cause) if again.cause else Error(type="Retry", message="The task asked to be retried")
+        return RetryAsked(error, again.delay_seconds, again.max_retries)
+    except Exception as raised:  # noqa: BLE001  # whatever user code raises is its outcome
+        return Failed(_describe(raised))
+    except BaseException as raised:  # noqa: BLE001  # sys.exit() in a task must not take the worker along
+        return Interrupted() if terminate_handler_fired() else Failed(_describe(raised))
+    finally:
+        _running = None
+
+
+def _call(task: DurableTask, claimed: Claimed) -> Any:
+    if task.entry is None:
+        return task.run(*json.loads(claimed.args), **json.loads(claimed.kwargs))
+    return task.run(**task.entry.bind(claimed.args, claimed.kwargs))
+
+
+def _serialised(result: Any) -> Outcome:
+    try:
+        text = json.dumps(result, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as unfit:
+        reason = "holds a lone surrogate" if isinstance(unfit, UnicodeError) else str(unfit)
+        return Failed(Error(type="ResultNotSerializable", message=f"The result is not JSON: {reason}"))
+    if size > RESULT_LIMIT_BYTES:
+        message = f"The result is {size} bytes of JSON, over the limit of {RESULT_LIMIT_BYTES}"
+        return Failed(Error(type="ResultTooLarge", message=message))
+    return Succeeded(text)
+
+
+def _describe(raised: BaseException) -> Error:
+    if isinstance(raised, MemoryError):
+        return Error(type="OutOfMemory", message="The task could not get the memory it asked for")
+    if isinstance(raised, SoftTimeLimitExceeded):
+        return Error(type="TimeLimitExceeded", message="The task ran longer than its soft limit")
+    if isinstance(raised, errors.ValidationFailed):
+        details = "; ".join(f"{one.pointer}: {one.detail}" for one in raised.errors)
+        return Error(type="InvalidArguments", message=details or raised.detail)
+    try:
+        message = str(raised)
+    except Exception:  # noqa: BLE001  # an exception whose __str__ raises is still the task's outcome
+        message = ""
+    return Error(
+        type=type(raised).__name__, message=message, traceback="".join(traceback.format_exception(raised, limit=-20))
+    )
+
+
+def _settle(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
+    here = bridge.current()
+    transition = lifecycle.decide(claimed.budgets, outcome)
+    return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition), what="a settle"))
+
+
+def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None) -> None:
+    task_id, attempt = claimed.claim.task_id, claimed.claim.attempt
+    if settled is None:
+        log.info("%s %s attempt %d was superseded", claimed.name, task_id, attempt)
+        return
+    error = outcome.error if isinstance(outcome, Failed | RetryAsked) else None
+    reason = f" ({error.type})" if error else ""
+    log.info("%s %s attempt %d ended %s%s", claimed.name, task_id, attempt, settled.status, reason)
+    if settled.ended is not None:
+        here = bridge.current()
+        here.start(publisher.announce_end(here.broker, settled.ended))
+
+
+def _show(running: Running) -> None:
+    if _slots is not None and _slot is not None:
+        _slots.show(_slot, running)
+
+
+def _clear(claim: Claim) -> None:
+    if _slots is None or _slot is None:
+        return
+    _slots.clear(_slot)
+    if _slots.ordered_to_die(_slot, claim):
+        # The keeper decided to kill this attempt and may already have sent the signal: take no other task.
+        _await_death()
+
+
+def _await_death() -> NoReturn:
+    time.sleep(DYING_SECONDS)
+    os._exit(1)
+
+
+def progress(fraction: float, message: str | None = None) -> None:
+    """Show how far the running task is.
+
+    Args:
+        fraction: from 0 to 1; clipped.
+        message: for people; cut to 500 characters.
+
+    Outside a worker this does nothing. At most two are written each second.
+    """
+    attempt = _running
+    now = time.monotonic()
+    if attempt is None or (now - attempt.progress_shown < PROGRESS_INTERVAL_SECONDS and fraction < 1.0):
+        return
+    attempt.progress_shown = now
+    here = bridge.current()
+    clean = message.replace("\x00", "")[:500] if message else None
+    here.start(_record(here, attempt.claimed.claim, min(1.0, max(0.0, float(fraction))), clean))
+
+
+async def _record(here: bridge.Bridge, claim: Claim, fraction: float, message: str | None) -> None:
+    try:
+        await lifecycle.record_progress(here.db, claim, fraction, message)
+    except errors.DatabaseUnavailable as away:
+        log.debug("progress was not recorded: %s", away)
+
+
+def current_failures() -> int:
+    """How many runs of the task that runs here have failed; 0 outside a worker."""
+    return _running.claimed.budgets.failures if _running is not None else 0
+
+
+def _worker_name() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}"

@@ -1,0 +1,221 @@
+"""The keeper: what must happen to running tasks whatever their code does to its own process.
+
+A process of its own beside a worker's pool, outside every interpreter that runs
+user code: a C call may hold the GIL for longer than a lease. It reads what the
+children show (`slots`), and
+
+- renews all their leases in one statement,
+- settles at once what died with a child: a crash if only the child died, a
+  release if the worker is stopping, a loss if the whole worker is gone,
+- ends tasks past their hard time limit, by settling first and killing then,
+- kills an attempt that was superseded, so that its slot does useful work again,
+- hands back tasks that this worker does not know, which the main process names
+  on the keeper's standard input.
+
+If the keeper dies, the worker starts another; leases bridge the gap.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from app import db, lifecycle, publisher
+from app.broker import Broker
+from app.core import config, errors, telemetry
+from app.core.config import Settings
+from app.db import Database
+from app.lifecycle import Budgets, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
+from app.worker.slots import Slot, Slots
+
+LOOK_SECONDS = 0.2
+"""How often the slots are looked at: for dead children and passed limits."""
+RENEW_SECONDS = 1.0
+"""How often Postgres is asked about what runs; a lease is only written when a third of it is used."""
+SETTLE_LAST_SECONDS = 10.0
+"""How long the keeper stays, after the worker went, to settle what it left behind."""
+
+_HAS_PROC = Path("/proc/self/stat").exists()
+
+log = logging.getLogger("app.worker.keeper")  # also when run as `python -m`
+
+
+def main(argv: list[str]) -> int:
+    """Run beside the worker whose slots are behind file descriptor `argv[0]`, until it is gone."""
+    settings = config.load()
+    telemetry.configure_logging(settings, "worker")
+    # The terminal's Ctrl-C and the pod's SIGTERM mean the worker; the keeper stays until that has ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=os.getppid()).run())
+    return 0
+
+
+class Keeper:
+    """Looks after the attempts of one worker."""
+
+    def __init__(self, settings: Settings, slots: Slots, *, worker_pid: int) -> None:
+        self._settings = settings
+        self._slots = slots
+        self._worker_pid = worker_pid
+        self._db = Database(settings.postgres_dsn, max_connections=1, application_name="taskqueue-keeper")
+        self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
+        self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
+        self._unheld: set[Claim] = set()
+
+    async def run(self) -> None:
+        """Look and renew until the worker is gone and nothing of it is left to settle."""
+        commands = asyncio.create_task(self._take_commands())
+        renewals = asyncio.create_task(self._renew_forever())
+        try:
+            while self._worker_lives():
+                self._look()
+                await asyncio.sleep(LOOK_SECONDS)
+            await self._settle_the_rest()
+        finally:
+            for task in (commands, renewals, *self._busy.values()):
+                task.cancel()
+            await self._broker.close()
+            await self._db.close()
+
+    def _worker_lives(self) -> bool:
+        return os.getppid() == self._worker_pid
+
+    async def _settle_the_rest(self) -> None:
+        """The worker is gone; its children follow (PR_SET_PDEATHSIG). Settle each as it does."""
+        deadline = time.monotonic() + SETTLE_LAST_SECONDS
+        while self._slots.all() and time.monotonic() < deadline:
+            self._look()
+            await asyncio.sleep(LOOK_SECONDS / 4)
+
+    def _look(self) -> None:
+        for slot in self._slots.all():
+            if not _lives(slot.pid):
+                self._start(slot, self._bury(slot))
+            elif slot.running is not None and slot.running.overdue():
+                self._start(slot, self._end(slot, slot.running.claim, TimedOut(slot.running.limit_seconds)))
+
+    def _start(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
+        """Do one thing at a time about each attempt."""
+        key = (slot.index, slot.running.claim if slot.running else None)
+        if key in self._busy:
+            work.close()
+            return
+        task = asyncio.create_task(work)
+        self._busy[key] = task
+        task.add_done_callback(lambda _: self._busy.pop(key, None))
+
+    async def _bury(self, slot: Slot) -> None:
+        """Settle what a dead child was running, then let its successor have the slot."""
+        if slot.running is not None:
+            await self._settle(slot.running.claim, await self._cause_of_death())
+        self._slots.free(slot.index)
+
+    async def _cause_of_death(self) -> Outcome:
+        # When the main process is killed, its children follow within microseconds: see who died first.
+        await asyncio.sleep(LOOK_SECONDS / 2)
+        if self._slots.stopping:
+            return Interrupted()
+        return Crashed() if self._worker_lives() else Lost()
+
+    async def _end(self, slot: Slot, claim: Claim, outcome: Outcome) -> None:
+        """End an attempt whose process lives: the row first, so that the truth does not wait for the kill."""
+        if await self._settle(claim, outcome):
+            self._kill(slot, claim)
+
+    async def _settle(self, claim: Claim, outcome: Outcome) -> bool:
+        """Write what became of `claim`. False if its row says something else by now."""
+        return await db.insist(lambda: self._settle_once(claim, outcome), what="the keeper")
+
+    async def _settle_once(self, claim: Claim, outcome: Outcome) -> bool:
+        spent: Budgets | None = await lifecycle.budgets(self._db, claim)
+        if spent is None:
+            return False
+        settled = await lifecycle.settle_for(self._db, claim, lifecycle.decide(spent, outcome))
+        if settled is None:
+            return False
+        name = type(outcome).__name__.lower()
+        log.warning("task %s attempt %d %s and is now %s", claim.task_id, claim.attempt, name, settled.status)
+        if settled.ended is not None:
+            await publisher.announce_end(self._broker, settled.ended)
+        return True
+
+    def _kill(self, slot: Slot, claim: Claim) -> None:
+        if self._slots.order_death(slot.index, claim):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(slot.pid, signal.SIGKILL)
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            running = {slot.running.claim: slot for slot in self._slots.all() if slot.running is not None}
+            if running:
+                try:
+                    await self._renew(running)
+                except errors.DatabaseUnavailable as away:
+                    # The tasks go on: whether they were cut off is decided when Postgres answers again.
+                    log.warning("leases could not be renewed: %s", away)
+
+    async def _renew(self, running: dict[Claim, Slot]) -> None:
+        leases = await lifecycle.renew(self._db, list(running), lease_seconds=self._settings.lease_seconds)
+        # What is still being claimed is not judged, and a settle may just be done: only what is not held
+        # twice running is superseded.
+        unheld = {lease.claim for lease in leases if not lease.held and _started(running[lease.claim])}
+        for claim in unheld & self._unheld:
+            log.warning("task %s attempt %d was superseded; its process is killed", claim.task_id, claim.attempt)
+            self._kill(running[claim], claim)
+        self._unheld = unheld
+
+    async def _take_commands(self) -> None:
+        """Read lines such as `{"refuse": {"id": …, "attempt": …, "name": …}}` from the worker."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while line := await reader.readline():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                refusal = json.loads(line)["refuse"]
+                await self._refuse(UUID(refusal["id"]), int(refusal["attempt"]), str(refusal["name"]))
+
+    async def _refuse(self, task_id: UUID, attempt: int, name: str) -> None:
+        settled = await db.insist(
+            lambda: lifecycle.refuse(self._db, task_id, attempt=attempt, name=name), what="a refusal"
+        )
+        if settled is not None and settled.ended is not None:
+            await publisher.announce_end(self._broker, settled.ended)
+
+
+def _started(slot: Slot) -> bool:
+    return slot.running is not None and slot.running.started > 0.0
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process runs. One that is dead but not yet waited for does not."""
+    if not _HAS_PROC:
+        return _answers(pid)
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  # read five times a second
+            return stat.read().rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
+    except OSError:
+        return False
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""Celery's result backend, made honest: what `AsyncResult` hears is the row's truth, and it never waits for nothing.
+
+Redis holds a copy of each task's end, put there by whoever ended it. Celery's
+own tracer stores nothing, because it would report what one attempt did. A copy
+that is missing (Redis was down, flushed, or it is older than an hour) is read
+from the row instead.
+"""
+
+import contextlib
+import json
+import time
+from typing import Any
+from uuid import UUID
+
+from celery import states
+from celery.backends.redis import RedisBackend, ResultConsumer
+from kombu.utils.json import register_type
+
+from app import broker, lifecycle
+from app.core import errors
+from app.worker import bridge
+
+POLL_SECONDS = 2.0
+"""How often a waiter looks at the rows, in case Redis lost what it waits for."""
+
+
+class RawJson(str):
+    """A JSON text that holds an object which kombu would take for one of its own types."""
+
+    __slots__ = ()
+
+
+register_type(RawJson, broker.RAW_JSON_MARKER, str, json.loads)
+
+
+class RowResultConsumer(ResultConsumer):  # type: ignore[misc]  # Celery ships no types
+    """Waits on Redis, with a slow poll of the rows behind it."""
+
+    _polled = 0.0
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Take what Redis published; every `POLL_SECONDS` look at the rows of all that wait."""
+        super().drain_events(timeout)
+        now = time.monotonic()
+        if now - self._polled < POLL_SECONDS:
+            return
+        self._polled = now
+        concrete, weak = self.backend._pending_results  # noqa: SLF001  # Celery's own name for who waits
+        for task_id in {*concrete, *weak}:
+            meta = self.backend.row_meta(task_id)
+            if meta is not None and meta["status"] in states.READY_STATES:
+                self.on_state_change(meta, None)
+
+
+class RowBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
+    """Celery's Redis backend, with the row behind it and without the tracer's opinion."""
+
+    ResultConsumer = RowResultConsumer
+
+    def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        """Store nothing: only `Broker.put_result` writes, after the row is settled."""
+        del task_id, state, args, kwargs
+        return result
+
+    def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
+        meta: dict[str, Any] = super()._get_task_meta_for(task_id)
+        if meta["status"] != states.PENDING:
+            return meta
+        return self.row_meta(task_id) or meta
+
+    def row_meta(self, task_id: str) -> dict[str, Any] | None:
+        """What the row says, in the shape of this backend; None if there is no row, or no Postgres now."""
+        with contextlib.suppress(ValueError, errors.DatabaseUnavailable):
+            here = bridge.current()
+            found = here.run(lifecycle.result(here.db, UUID(task_id)))
+            if found is None:
+                return None
+            status, ended = found
+            if ended is None:
+                return {"task_id": task_id, "status": str(status), "result": None}
+            meta: dict[str, Any] = self.decode_result(meta_of(ended))
+            return meta
+        return None
+
+
+def meta_of(ended: lifecycle.Ended) -> bytes:
+    """What Celery's Redis backend stores about a task's end."""
+    error = ended.error
+    return broker.encode_meta(
+        ended.task_id,
+        str(ended.status),
+        result=ended.result,
+        error_type=error.type if error else "",
+        error_message=error.message if error else "",
+    )

@@ -1,0 +1,168 @@
+"""What the children of a pool run right now, in memory that they share with the keeper.
+
+A child writes its slot before it claims and clears it after it settles, so the
+keeper never misses an attempt, whatever kills the child in between. Each slot
+carries a checksum: a reader that meets a write half way reads again.
+
+The keeper may order the death of one attempt, never of a process. It writes the
+order, then looks whether the slot still shows that attempt; the child clears its
+slot, then looks whether there is an order for what it just ran. One of the two
+sees the other, so a kill can't hit the task that comes next.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from uuid import UUID
+
+from app.lifecycle import Claim
+
+_HEADER = 64
+_SLOT = 128
+_ORDER_OFFSET = 96
+_RECORD = struct.Struct("<q16sq16sdd")  # pid, task id, attempt, token, started, limit
+_SUM = struct.Struct("<I")
+_NOBODY = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One attempt that a child shows.
+
+    Attributes:
+        claim: which.
+        started: when, on the machine's monotonic clock (seconds), which all its processes share;
+            0 while its claim is still on the wire.
+        limit_seconds: how long it may take; 0 is for ever.
+    """
+
+    claim: Claim
+    started: float
+    limit_seconds: float
+
+    def overdue(self) -> bool:
+        """Whether it has taken longer than it may."""
+        return bool(self.limit_seconds) and time.monotonic() - self.started > self.limit_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A slot as it was read: whose it is, and what runs there (None: the child is idle)."""
+
+    index: int
+    pid: int
+    running: Running | None
+
+
+class Slots:
+    """The shared memory: made by the worker's main process, inherited by children and keeper."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._memory = mmap.mmap(fd, 0)
+        self.count = (len(self._memory) - _HEADER) // _SLOT
+
+    @classmethod
+    def create(cls, concurrency: int) -> "Slots":
+        """Room for `concurrency` children and for their successors before the dead are cleared away."""
+        with tempfile.TemporaryFile() as file:
+            file.truncate(_HEADER + _SLOT * (concurrency * 4 + 16))
+            return cls(os.dup(file.fileno()))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker is shutting down, so that a dead child's task is handed back, not billed."""
+        return self._memory[0] == 1
+
+    def announce_stop(self) -> None:
+        """Say that the worker is shutting down."""
+        self._memory[0] = 1
+
+    def occupy(self, pid: int) -> int:
+        """Take a free slot for a child; returns its index.
+
+        Raises:
+            RuntimeError: if there is none, because nobody has cleared away the dead for long.
+        """
+        with self._locked():
+            for index in range(self.count):
+                if self.read(index) is None:
+                    self._write(index, pid, None)
+                    return index
+        raise RuntimeError("no free slot: the keeper is not clearing the dead away")
+
+    def show(self, index: int, running: Running) -> None:
+        """Show what this process runs."""
+        self._write(index, os.getpid(), running)
+
+    def clear(self, index: int) -> None:
+        """Show that this process is idle."""
+        self._write(index, os.getpid(), None)
+
+    def free(self, index: int) -> None:
+        """Give a dead child's slot to whoever comes next."""
+        with self._locked():
+            offset = _HEADER + index * _SLOT
+            self._memory[offset : offset + _SLOT] = bytes(_SLOT)
+
+    def read(self, index: int) -> Slot | None:
+        """A slot; None if it is free, or was being written for the whole of a hundred looks."""
+        offset = _HEADER + index * _SLOT
+        for _ in range(100):
+            raw = bytes(self._memory[offset : offset + _RECORD.size + _SUM.size])
+            record = raw[: _RECORD.size]
+            pid, task_id, attempt, token, started, limit = _RECORD.unpack(record)
+            if pid == 0 and not any(raw):
+                return None
+            if _SUM.unpack(raw[_RECORD.size :])[0] == zlib.crc32(record):
+                if task_id == _NOBODY:
+                    return Slot(index, pid, None)
+                claim = Claim(UUID(bytes=task_id), attempt, UUID(bytes=token))
+                return Slot(index, pid, Running(claim, started, limit))
+        return None
+
+    def all(self) -> list[Slot]:
+        """Every slot that is taken."""
+        return [slot for slot in map(self.read, range(self.count)) if slot is not None]
+
+    def order_death(self, index: int, claim: Claim) -> bool:
+        """Order the death of an attempt.
+
+        Returns:
+            Whether the child still shows it: then, and only then, the child may be killed.
+        """
+        offset = _HEADER + index * _SLOT + _ORDER_OFFSET
+        self._memory[offset : offset + 16] = claim.token.bytes
+        slot = self.read(index)
+        return slot is not None and slot.running is not None and slot.running.claim == claim
+
+    def ordered_to_die(self, index: int, claim: Claim) -> bool:
+        """Whether the keeper ordered the death of this attempt, which has just been cleared."""
+        offset = _HEADER + index * _SLOT + _ORDER_OFFSET
+        return bytes(self._memory[offset : offset + 16]) == claim.token.bytes
+
+    def _write(self, index: int, pid: int, running: Running | None) -> None:
+        if running is None:
+            record = _RECORD.pack(pid, _NOBODY, 0, _NOBODY, 0.0, 0.0)
+        else:
+            claim = running.claim
+            record = _RECORD.pack(
+                pid, claim.task_id.bytes, claim.attempt, claim.token.bytes, running.started, running.limit_seconds
+            )
+        offset = _HEADER + index * _SLOT
+        self._memory[offset : offset + _RECORD.size + _SUM.size] = record + _SUM.pack(zlib.crc32(record))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.lockf(self.fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN)

@@ -1,0 +1,85 @@
+import multiprocessing
+import os
+from uuid import uuid4
+
+import pytest
+
+from app.lifecycle import Claim
+from app.worker.slots import Running, Slot, Slots
+
+
+def running(started: float = 1.5, limit: float = 0.0) -> Running:
+    return Running(Claim(uuid4(), 7, uuid4()), started, limit)
+
+
+def test_what_a_child_shows_is_read_by_whoever_shares_the_memory() -> None:
+    slots = Slots.create(concurrency=2)
+    beside = Slots(os.dup(slots.fd))
+    index = slots.occupy(os.getpid())
+    assert beside.all() == [Slot(index, os.getpid(), None)]
+
+    shown = running(limit=2.5)
+    slots.show(index, shown)
+    assert beside.all() == [Slot(index, os.getpid(), shown)]
+    slots.clear(index)
+    assert beside.all() == [Slot(index, os.getpid(), None)]
+    beside.free(index)
+    assert slots.all() == []
+
+
+def test_each_child_has_a_slot_of_its_own_until_there_are_none() -> None:
+    slots = Slots.create(concurrency=1)
+
+    assert [slots.occupy(1000 + n) for n in range(slots.count)] == list(range(slots.count))
+    with pytest.raises(RuntimeError, match="no free slot"):
+        slots.occupy(1)
+    slots.free(3)
+    assert slots.occupy(1) == 3
+
+
+def test_a_slot_that_is_being_written_is_not_read_half() -> None:
+    slots = Slots.create(concurrency=1)
+    index = slots.occupy(os.getpid())
+    slots.show(index, running())
+    slots._memory[70] ^= 0xFF
+
+    assert slots.read(index) is None
+
+
+def test_a_kill_is_allowed_only_while_the_child_shows_the_attempt() -> None:
+    slots = Slots.create(concurrency=1)
+    index = slots.occupy(os.getpid())
+    first, second = running(), running()
+
+    slots.show(index, first)
+    assert slots.order_death(index, first.claim)
+    slots.clear(index)
+    assert slots.ordered_to_die(index, first.claim), "the child knows that a signal may be on its way"
+
+    slots.show(index, second)
+    assert not slots.order_death(index, first.claim), "the next task is not killed for the last one"
+    slots.clear(index)
+    assert not slots.ordered_to_die(index, second.claim)
+
+
+def test_the_stop_of_the_worker_is_seen_by_all() -> None:
+    slots = Slots.create(concurrency=1)
+    assert not slots.stopping
+    slots.announce_stop()
+    assert Slots(os.dup(slots.fd)).stopping
+
+
+def test_children_that_start_at_once_take_different_slots() -> None:
+    slots = Slots.create(concurrency=4)
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_occupy, args=(slots,)) for _ in range(8)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(10)
+
+    assert len({slot.index for slot in slots.all()}) == len({slot.pid for slot in slots.all()}) == 8
+
+
+def _occupy(slots: Slots) -> None:
+    slots.occupy(os.getpid())

@@ -12,6 +12,7 @@ lost up to ten times; we push again by position instead, when a message is misse
 import base64
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from app.core import errors
 COMMAND_TIMEOUT_SECONDS = 2.0
 TAIL_DEPTH = 10
 """How many messages at the tail are looked at for one that can be read."""
+MOST_ATTEMPTS = 2**31 - 2
+"""Attempts that a task's row can count."""
 END_OF_LINE = 2**63 - 1
 """The position of the tail of an empty queue: everything that has a message lies below it."""
 BACKSTOP_SECONDS = 30.0
@@ -35,6 +38,7 @@ RESULT_TTL_SECONDS = 3600
 RAW_JSON_MARKER = "taskqueue.json"
 """Kombu type of a JSON text that must reach a client as it is (see `worker.results`)."""
 
+_TRACEPARENT = 64
 _NO_ARGUMENTS = base64.b64encode(b"[[], {}, {}]").decode()
 
 
@@ -55,7 +59,7 @@ class Message(Protocol):
     def traceparent(self) -> str | None: ...  # noqa: D102  # as above
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
     """A message as it was read from a queue. `attempt` is how many the task had when it was pushed."""
 
@@ -63,10 +67,17 @@ class Received:
     name: str
     attempt: int
     position: int
+    time_limit: float | None = None
+    traceparent: str | None = None
 
 
 def encode(message: Message, queue: str) -> bytes:
-    """The envelope of a message: Celery's protocol 2 inside kombu's virtual transport, without arguments.
+    """The bytes that are pushed for a message."""
+    return json.dumps(envelope(message, queue), separators=(",", ":")).encode()
+
+
+def envelope(message: Message, queue: str) -> dict[str, Any]:
+    """A message as Celery's protocol 2 inside kombu's virtual transport, without arguments.
 
     Source: Celery, "Message Protocol"; kombu, `transport/virtual/base.py`.
     """
@@ -94,35 +105,65 @@ def encode(message: Message, queue: str) -> bytes:
         "delivery_info": {"exchange": "", "routing_key": queue},
         "delivery_tag": str(uuid4()),
     }
-    envelope = {
+    return {
         "body": _NO_ARGUMENTS,
         "content-type": "application/json",
         "content-encoding": "utf-8",
         "headers": headers,
         "properties": properties,
     }
-    return json.dumps(envelope, separators=(",", ":")).encode()
 
 
 def decode(raw: bytes | str) -> Received:
-    """Read an envelope.
+    """Read what was pushed.
 
     Raises:
         EnvelopeError: if it is not one of ours.
     """
     try:
-        headers = json.loads(raw)["headers"]
-        return Received(
-            UUID(headers["id"]), str(headers["task"]), _count(headers["attempt"]), _count(headers["position"])
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+        return read(json.loads(raw))
+    except (ValueError, RecursionError) as bad:
         raise errors.EnvelopeError("The message is not one that this service wrote") from bad
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value <= END_OF_LINE:
+def read(found: object) -> Received:
+    """Read an envelope that was parsed already. Of all that it says, only this is believed.
+
+    Raises:
+        EnvelopeError: if it is not one of ours.
+    """
+    try:
+        headers = found["headers"]  # type: ignore[index]  # whatever it is, it fails here or is a mapping
+        traceparent = headers.get("traceparent")
+        return Received(
+            task_id=UUID(headers["id"]),
+            name=_name(headers["task"]),
+            attempt=_count(headers["attempt"], MOST_ATTEMPTS),
+            position=_count(headers["position"], END_OF_LINE),
+            time_limit=_limit(headers.get("timelimit")),
+            traceparent=traceparent if isinstance(traceparent, str) and len(traceparent) <= _TRACEPARENT else None,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as bad:
+        raise errors.EnvelopeError("The message is not one that this service wrote") from bad
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _count(value: object, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
         raise ValueError
     return value
+
+
+def _limit(timelimit: object) -> float | None:
+    hard = timelimit[0] if isinstance(timelimit, list) and timelimit else None
+    if isinstance(hard, int | float) and math.isfinite(hard) and hard > BACKSTOP_SECONDS:
+        return float(hard) - BACKSTOP_SECONDS
+    return None
 
 
 class Broker:

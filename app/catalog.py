@@ -60,7 +60,7 @@ class Entry:
     Attributes:
         name: stable; it outlives renames of the function.
         function: as it was written.
-        queue: where it waits unless the submit says otherwise.
+        queue: where it waits unless the submit says otherwise; None for the first of TASKQUEUE_QUEUES.
         max_retries: runs after a failed first one, unless the submit says otherwise.
         time_limit: seconds that one attempt may take; None for any.
         description: the first paragraph of the function's docstring.
@@ -69,7 +69,7 @@ class Entry:
 
     name: str
     function: Callable[..., Any]
-    queue: str
+    queue: str | None
     max_retries: int
     time_limit: float | None
     description: str
@@ -124,7 +124,7 @@ class TaskDecorator:
 
         Args:
             name: 1 to 255 letters, digits and `_ . - :`; what clients submit.
-            queue: where it waits; `default` unless given.
+            queue: where it waits; the first of TASKQUEUE_QUEUES unless given.
             max_retries: runs after a failed first one, 0 to 100.
             autoretry_for: exceptions after which it runs again. All others end it.
             retry_backoff: wait 1, 2, 4, … seconds before retries; a number is the first wait in seconds.
@@ -141,7 +141,7 @@ class TaskDecorator:
             entry = Entry(
                 name=name,
                 function=function,
-                queue=queue or "default",
+                queue=queue,
                 max_retries=max_retries,
                 time_limit=time_limit,
                 description=_first_paragraph(function),

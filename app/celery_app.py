@@ -20,6 +20,7 @@ from typing import Any
 from celery import bootsteps, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import state
+from kombu.transport import TRANSPORT_ALIASES
 
 from app import catalog
 from app.core import config, telemetry
@@ -159,6 +160,7 @@ def beat_file(settings: Settings) -> Path:
 app = execution.celery
 app.steps["worker"].update({KeeperStep, BeatStep})
 app.add_defaults(lambda: configuration(_settings()))
+TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "app.worker.transport:Transport"))
 app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "app.worker.results:RowBackend")
 
 _loaded: Settings | None = None

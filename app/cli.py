@@ -62,8 +62,22 @@ def _parser() -> argparse.ArgumentParser:
 def _api() -> int | None:
     settings = config.load()
     from gunicorn.app.base import BaseApplication  # noqa: PLC0415
+    from gunicorn.glogging import Logger  # noqa: PLC0415
 
+    from app import catalog  # noqa: PLC0415
+    from app.core import telemetry  # noqa: PLC0415
     from app.main import create_app  # noqa: PLC0415
+
+    telemetry.configure_logging(settings, "api")
+    # Here a module that can't be imported is one line; in gunicorn's worker it would be a traceback.
+    catalog.load_modules(settings)
+
+    class OurLogger(Logger):  # type: ignore[misc]  # gunicorn ships no types
+        """Gunicorn's lines, in the format of all others."""
+
+        def setup(self, cfg: object) -> None:
+            del cfg
+            self.error_log.propagate = True
 
     class Application(BaseApplication):  # type: ignore[misc]  # gunicorn ships no types
         """Gunicorn without its own command line, files and environment: `Settings` alone decide."""
@@ -71,6 +85,7 @@ def _api() -> int | None:
         def load_config(self) -> None:
             for name, value in gunicorn_options(settings).items():
                 self.cfg.set(name, value)
+            self.cfg.set("logger_class", OurLogger)
 
         def load(self) -> Any:
             api = create_app(settings)

@@ -30,6 +30,8 @@ FLUSH_SECONDS = 2.0
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 # Not their access logs: a line for each request of each poller would bury the rest, and metrics count them.
 _SERVERS = ("uvicorn", "uvicorn.error", "gunicorn.error", "celery")
+# Their INFO names the URL of each webhook, which may hold a secret.
+_TALKATIVE = ("httpx", "httpcore")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
@@ -119,6 +121,8 @@ def configure_logging(settings: Settings, process_name: str) -> None:
         server = logging.getLogger(name)
         server.handlers.clear()
         server.propagate = True
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

@@ -57,6 +57,8 @@ class Bridge:
         self.run(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=1.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     async def _finish(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

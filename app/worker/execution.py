@@ -28,7 +28,7 @@ from celery.exceptions import Ignore, NotRegistered, Retry, SoftTimeLimitExceede
 from celery.result import AsyncResult
 from pydantic_core import to_jsonable_python
 
-from app import db, lifecycle, publisher
+from app import broker, db, lifecycle, publisher
 from app.core import errors, ids, telemetry
 from app.core.config import Settings
 from app.lifecycle import Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
@@ -37,8 +37,6 @@ from app.worker.slots import Running, Slots
 
 RESULT_LIMIT_BYTES = 1024 * 1024
 PROGRESS_INTERVAL_SECONDS = 0.5
-MOST_ATTEMPTS = 2**31 - 1
-"""What the column holds; a forged number beyond it must not reach Postgres."""
 DYING_SECONDS = 5.0
 """How long a child waits for the keeper to kill it, after the death of its attempt was ordered."""
 
@@ -49,7 +47,7 @@ class Declared(Protocol):
     """What the catalogue knows about a task that runs here. `catalog.Entry` is one."""
 
     @property
-    def queue(self) -> str: ...  # noqa: D102  # a field, described by the class that has it
+    def queue(self) -> str | None: ...  # noqa: D102  # a field, described by the class that has it
     @property
     def max_retries(self) -> int: ...  # noqa: D102  # as above
     @property
@@ -188,7 +186,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
         new = lifecycle.NewTask(
             id=UUID(task_id) if task_id else ids.uuid7(),
             name=name,
-            queue=_queue_name(queue or entry.queue, here.settings),
+            queue=_queue_name(queue or entry.queue or here.settings.queues[0], here.settings),
             args=as_json[0],
             kwargs=as_json[1],
             max_retries=entry.max_retries,
@@ -307,7 +305,7 @@ def _wanted(task: DurableTask) -> Claim:
     """The claim that the message asks for. Raises Ignore if it is not one of ours."""
     attempt = getattr(task.request, "attempt", None)
     with contextlib.suppress(TypeError, ValueError):
-        if type(attempt) is int and 0 <= attempt < MOST_ATTEMPTS:
+        if type(attempt) is int and 0 <= attempt <= broker.MOST_ATTEMPTS:
             return Claim(UUID(task.request.id), attempt + 1, uuid4())
     log.warning("dropped a message for %s that this service did not write", task.name)
     raise Ignore

@@ -22,7 +22,7 @@ class SampleError(Exception):
 
 
 @task("sample.echo")
-def echo(value: Any = None) -> Any:
+def echo(value: Any) -> Any:
     """Return the argument."""
     return value
 

@@ -86,7 +86,31 @@ def test_a_task_without_a_limit_has_none_in_its_envelope() -> None:
 def test_a_message_is_read_back() -> None:
     received = broker.decode(broker.encode(BELL, "reports"))
 
-    assert received == broker.Received(BELL.task_id, BELL.name, BELL.attempt, BELL.position)
+    assert received == broker.Received(
+        task_id=BELL.task_id,
+        name=BELL.name,
+        attempt=BELL.attempt,
+        position=BELL.position,
+        time_limit=BELL.time_limit,
+        traceparent=BELL.traceparent,
+    )
+    again = json.loads(broker.encode(received, "reports"))
+    assert again["headers"] == json.loads(broker.encode(BELL, "reports"))["headers"]
+
+
+def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
+    forged = json.loads(broker.encode(BELL, "reports"))
+    forged["body"] = base64.b64encode(b'[[], {}, {"callbacks": [{"task": "sample.crash"}]}]').decode()
+    forged["headers"] |= {"eta": "2999-01-01", "ignore_result": False, "group": "g", "traceparent": "x" * 65}
+    forged["headers"]["timelimit"] = ["soon"]
+
+    received = broker.read(forged)
+
+    assert received.time_limit is None
+    assert received.traceparent is None
+    assert set(broker.envelope(received, "reports")["headers"]) == {
+        *json.loads(broker.encode(replace(BELL, traceparent=None), "reports"))["headers"]
+    }
 
 
 @pytest.mark.parametrize(

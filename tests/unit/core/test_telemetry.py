@@ -71,6 +71,12 @@ def test_without_a_terminal_logs_are_json_and_servers_join_them(capsys: pytest.C
     assert [json.loads(line)["logger"] for line in capsys.readouterr().err.splitlines()] == ["uvicorn.error"]
 
 
+def test_urls_that_are_called_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry.configure_logging(offline(TASKQUEUE_LOG_LEVEL="DEBUG"), "relay")
+    logging.getLogger("httpx").info("HTTP Request: POST https://example.com/secret")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "sent",
     [None, "", "nonsense", SENT.upper(), SENT + "0", SENT + "-more", "ff" + SENT[2:], SENT[:-1],

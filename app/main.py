@@ -1,0 +1,91 @@
+"""The API process: what is made once, the routes, and how errors are rendered."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+
+from app import __doc__ as summary
+from app import __version__, catalog, migrations
+from app.broker import Broker
+from app.core import metrics, telemetry
+from app.core.config import Settings
+from app.db import Database
+from app.publisher import Publisher
+from app.routers import health, problems, tasks
+from app.routers.state import State
+from app.utils.guard import EgressRules
+
+PROCESS_NAME = "api"
+APPLICATION_NAME = "taskqueue-api"
+MAX_CONNECTIONS = 10
+RING_AGAIN_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The API under these settings. Nothing is opened before its lifespan begins.
+
+    Raises:
+        SettingsError: if one of the operator's task modules can't be imported.
+    """
+    catalog.load_modules(settings)
+    telemetry.configure(settings, PROCESS_NAME)
+    api = FastAPI(
+        title="Task Queue Worker API",
+        version=__version__,
+        description=summary or "",
+        lifespan=_Lifespan(settings),
+        redirect_slashes=False,
+    )
+    api.include_router(tasks.router)
+    api.include_router(health.router)
+    problems.install(api)
+    telemetry.instrument_api(api, settings)
+    return api
+
+
+class _Lifespan:
+    """Opens what requests share, and closes it in the opposite order."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @contextlib.asynccontextmanager
+    async def __call__(self, _: FastAPI) -> AsyncIterator[State]:
+        settings = self._settings
+        telemetry.configure_logging(settings, PROCESS_NAME)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(telemetry.shutdown)
+            stack.callback(metrics.serve(settings.metrics_port))
+            db = Database(settings.postgres_dsn, max_connections=MAX_CONNECTIONS, application_name=APPLICATION_NAME)
+            stack.push_async_callback(db.close)
+            broker = Broker(settings.redis_url.get_secret_value(), client_name=APPLICATION_NAME)
+            stack.push_async_callback(broker.close)
+            publisher = Publisher(db, broker)
+            stack.push_async_callback(_stop, asyncio.create_task(_keep_ringing(publisher)))
+            yield State(
+                settings=settings,
+                db=db,
+                publisher=publisher,
+                rules=EgressRules.from_settings(settings),
+                readiness=health.Readiness(db, broker, needed_revision=migrations.head()),
+            )
+
+
+async def _keep_ringing(publisher: Publisher) -> None:
+    # A bell that is never rung is found by the relay, but only after its grace: so this must not end.
+    while True:
+        try:
+            await publisher.run()
+        except Exception:
+            log.exception("the publisher stopped; it starts again")
+        await asyncio.sleep(RING_AGAIN_SECONDS)
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

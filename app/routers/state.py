@@ -1,0 +1,29 @@
+"""What the lifespan makes once and every request finds."""
+
+from typing import Annotated, TypedDict, cast
+
+from fastapi import Depends, Request
+
+from app.core.config import Settings
+from app.db import Database
+from app.publisher import Publisher
+from app.routers.health import Readiness
+from app.utils.guard import EgressRules
+
+
+class State(TypedDict):
+    """The resources of one API process."""
+
+    settings: Settings
+    db: Database
+    publisher: Publisher
+    rules: EgressRules
+    readiness: Readiness
+
+
+def _state(request: Request) -> State:
+    return cast(State, request.state)
+
+
+Resources = Annotated[State, Depends(_state)]
+"""A parameter of a route that wants them."""

@@ -1,0 +1,194 @@
+"""What travels over HTTP. Requests are strict: no field is unknown, no text is a number, no bool is one."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
+from pydantic_core import PydanticCustomError
+
+from app.models import TaskStatus
+
+YEAR_SECONDS = 31_536_000
+DAY_SECONDS = 86_400
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", flags=re.ASCII)
+
+
+def _moment(value: object) -> datetime:
+    if isinstance(value, str) and _RFC3339.fullmatch(value):
+        try:
+            # Moments that overflow in UTC are refused here, not by the database's driver.
+            moment = datetime.fromisoformat(value.upper()).astimezone(UTC)
+        except (ValueError, OverflowError):
+            moment = None
+        if moment is not None:
+            return _near(moment)
+    raise PydanticCustomError(
+        "moment", "Input should be a date and time with a time zone (RFC 3339), such as 2030-01-31T12:00:00Z"
+    )
+
+
+def _near(moment: datetime) -> datetime:
+    # A bound on what is stored, not a schedule: that goes by Postgres's clock.
+    if not moment <= datetime.now(UTC) + timedelta(seconds=YEAR_SECONDS):
+        raise PydanticCustomError("moment_far", "Input should be at most a year ahead")
+    return moment
+
+
+Moment = Annotated[datetime, PlainValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
+"""A date and time with a time zone, as UTC."""
+
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class SubmitRequest(BaseModel):
+    """A task to run. Every field is optional: nothing at all runs `long_task()`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"webhook_url": "https://example.com/hooks/tasks"},
+                {"task": "long_task", "kwargs": {"x": 2.5}, "max_retries": 5, "tags": ["nightly"]},
+            ]
+        },
+    )
+
+    task: str = Field("long_task", min_length=1, max_length=255, description="Name of a registered task.")
+    args: list[Any] = Field([], description="Positional arguments.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments by name.")
+    queue: str | None = Field(
+        None, min_length=1, max_length=64, description="Where it waits; the task's own queue unless given."
+    )
+    countdown: float | None = Field(
+        None, ge=0, le=YEAR_SECONDS, description="Seconds from now until it is due. Not with `eta`."
+    )
+    eta: Moment | None = Field(None, description="When it is due. Not with `countdown`.")
+    expires: Annotated[float, Field(gt=0, le=YEAR_SECONDS)] | Moment | None = Field(
+        None, description="Seconds from now, or the time, after which it is not worth starting."
+    )
+    max_retries: int | None = Field(
+        None, ge=0, le=100, description="Runs after a failed first one; the task's own unless given."
+    )
+    time_limit: float | None = Field(
+        None, gt=0, le=DAY_SECONDS, description="Seconds that one attempt may take; the task's own unless given."
+    )
+    tags: list[Tag] = Field([], max_length=20, description="Words to find it by.")
+    webhook_url: str | None = Field(
+        None, min_length=1, max_length=2048, description="Hears how the task ended, signed (Standard Webhooks)."
+    )
+
+    @field_validator("eta")
+    @classmethod
+    def _one_of_two(cls, value: datetime | None, info: ValidationInfo) -> datetime | None:
+        if value is not None and info.data.get("countdown") is not None:
+            raise PydanticCustomError("eta_and_countdown", "Only one of eta and countdown can be given")
+        return value
+
+
+class TaskCreated(BaseModel):
+    """The task is stored, and will run."""
+
+    task_id: UUID
+
+
+class StatusRead(BaseModel):
+    """Where a task is in its life."""
+
+    status: TaskStatus
+
+
+class ErrorRead(BaseModel):
+    """Why a task did not end well, or why its newest attempt did not."""
+
+    type: str = Field(description="The exception's class name, or a word of this service such as `Cancelled`.")
+    message: str
+
+
+class ResultRead(BaseModel):
+    """How a task ended. `error` is there only if it did not end well; then `result` is null."""
+
+    result: Any
+    error: ErrorRead | None = None
+
+
+class NotReady(BaseModel):
+    """The task has not ended yet."""
+
+    detail: str = "Result not available yet"
+
+
+class ProgressRead(BaseModel):
+    """How far the running task says it is."""
+
+    fraction: float = Field(ge=0, le=1)
+    message: str | None
+
+
+class WebhookRead(BaseModel):
+    """What became of the task's webhook."""
+
+    url: str
+    status: str | None = Field(
+        description="`pending`, `delivering`, `delivered` or `exhausted`; null until there is an event to tell."
+    )
+    attempt: int = Field(description="Requests made so far.")
+    next_at: datetime | None = Field(description="When the next one is due, if one is.")
+
+
+class TaskRead(BaseModel):
+    """Everything known about a task but its arguments and its result."""
+
+    task_id: UUID
+    status: TaskStatus
+    task: str
+    queue: str
+    attempt: int = Field(description="Times it was started.")
+    failures: int = Field(description="Runs that failed; they spend `max_retries`.")
+    max_retries: int
+    time_limit: float | None
+    tags: list[str]
+    cancel_requested: bool
+    rerun_of: UUID | None
+    created_at: datetime
+    run_at: datetime = Field(description="When it was or is due.")
+    started_at: datetime | None = Field(description="When its newest attempt began.")
+    finished_at: datetime | None
+    expires_at: datetime | None
+    progress: ProgressRead | None
+    error: ErrorRead | None
+    webhook: WebhookRead | None
+
+
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: str = "ok"
+
+
+class Ready(BaseModel):
+    """Whether the process can accept tasks, and what of its surroundings answers."""
+
+    status: str
+    checks: dict[str, str]
+
+
+class FieldProblem(BaseModel):
+    """One field at fault."""
+
+    pointer: str = Field(description="JSON Pointer (RFC 6901) into the request.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem] | None = None

@@ -1,0 +1,47 @@
+"""Kombu's Redis transport, with a door: what is not a message of ours is dropped before Celery sees it.
+
+Whoever writes to Redis writes to workers. Stock kombu ends the worker on a JSON
+list, reconnects on an object without properties, and follows whatever a message
+says: callbacks, ETAs, other bodies. Here a message is read, only what it is
+believed for is kept (`broker.read`), and Celery gets an envelope made anew.
+"""
+
+import logging
+from typing import Any
+
+from kombu.transport import redis
+
+from app import broker
+from app.core import errors
+
+log = logging.getLogger(__name__)
+
+
+class Channel(redis.Channel):  # type: ignore[misc]  # kombu ships no types
+    """A channel that survives what is not JSON."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        self.connection.parsed = False
+        try:
+            return super()._brpop_read(**options)
+        except (ValueError, RecursionError):
+            if self.connection.parsed:
+                raise
+            log.warning("dropped a message that is not JSON")
+            return True
+
+
+class Transport(redis.Transport):  # type: ignore[misc]  # as above
+    """Redis, for messages of this service alone."""
+
+    Channel = Channel
+    parsed = False
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        self.parsed = True
+        try:
+            received = broker.read(message)
+        except errors.EnvelopeError:
+            log.warning("dropped a message on %s that this service did not write", queue)
+            return
+        super()._deliver(broker.envelope(received, queue), queue)

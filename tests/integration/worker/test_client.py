@@ -1,0 +1,264 @@
+"""A Python program that uses Celery's own calls, against a real worker."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from uuid import UUID, uuid4
+
+import pytest
+
+from tests.support.service import ROOT, Service
+from tests.support.waiting import wait_until
+
+
+def client(running: Service, program: str, *, seconds: float = 60, **changes: str) -> dict[str, object]:
+    """Run a program that knows only the app; what it says as JSON on its last line."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        env={**os.environ, **running.environment, **changes},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_send_task_and_delay_wait_for_the_result(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.celery_app import app
+        sent = app.send_task("long_task", kwargs={"x": 0.1})
+        first = sent.get(timeout=10)
+        from app.worker.tasks import long_task
+        second = long_task.delay(0.1)
+        print(json.dumps({"first": first, "second": second.get(timeout=10), "status": second.status, "id": second.id}))
+        """,
+    )
+
+    assert said["first"] == said["second"] == "Worked for 0.1 seconds"
+    assert said["status"] == "SUCCESS"
+    assert running.status(UUID(str(said["id"]))) == "SUCCESS", "the same durable row as over HTTP"
+
+
+def test_a_module_of_tasks_is_enough_to_reach_the_app(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.worker.sample_tasks import echo
+        print(json.dumps({"result": echo.delay({"__type__": "nope", "__value__": [1]}).get(timeout=10)}))
+        """,
+    )
+
+    assert said["result"] == {"__type__": "nope", "__value__": [1]}
+
+
+def test_every_option_reaches_the_row(running: Service) -> None:
+    task_id = uuid4()
+    client(
+        running,
+        f"""
+        import datetime
+        from app.worker.sample_tasks import echo, flaky
+        echo.apply_async(["x"], task_id="{task_id}", countdown=3600, expires=7200, retries=2, queue="default")
+        later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
+        flaky.apply_async(kwargs={{"failures": 0}}, eta=later, expires=later + datetime.timedelta(hours=1))
+        print("{{}}")
+        """,
+    )
+
+    view = running.view(task_id)
+    assert (view["status"], view["failures"], view["queue"]) == ("PENDING", 2, "default")
+    assert _hours(view["created_at"], view["run_at"]) == pytest.approx(1.0, abs=0.01)
+    assert _hours(view["created_at"], view["expires_at"]) == pytest.approx(2.0, abs=0.01)
+
+
+def _hours(start: str, end: str) -> float:
+    from datetime import datetime  # noqa: PLC0415
+
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() / 3600
+
+
+def test_an_expired_task_is_revoked_and_its_waiter_hears_of_it(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from celery.exceptions import TaskRevokedError
+        from app.worker.sample_tasks import echo
+        waiting = echo.apply_async([1], countdown=60, expires=0.2)
+        try:
+            waiting.get(timeout=20)
+        except TaskRevokedError as told:
+            print(json.dumps({"told": str(told), "status": waiting.status}))
+        """,
+    )
+
+    assert said == {"told": "The task was still waiting when it expired", "status": "REVOKED"}
+
+
+def test_a_failed_task_raises_at_its_waiter(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.celery_app import app
+        told = {}
+        for name, args in (("odd.raise", ["nul"]), ("sample.crash", [])):
+            try:
+                app.send_task(name, args).get(timeout=30)
+            except Exception as raised:
+                told[name] = [type(raised).__name__, str(raised)]
+        print(json.dumps(told))
+        """,
+    )
+
+    assert said["odd.raise"] == ["ValueError", "ab?"]
+    crash = said["sample.crash"]
+    assert isinstance(crash, list)
+    assert crash[0] == "WorkerLost"
+
+
+def test_a_forked_process_submits_too(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json, os
+        from app.worker.sample_tasks import echo
+        first = echo.delay("parent").get(timeout=10)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writing, echo.delay("child").id.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        task_id = os.read(reading, 100).decode()
+        again = echo.delay("parent again").get(timeout=10)
+        print(json.dumps({"parent": first, "again": again, "child": task_id}))
+        """,
+    )
+
+    assert (said["parent"], said["again"]) == ("parent", "parent again")
+    running.ends(UUID(str(said["child"])))
+    assert running.result(UUID(str(said["child"]))) == {"result": "child"}
+
+
+def test_what_cannot_run_is_refused_when_it_is_submitted(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.celery_app import app
+        from app.worker.sample_tasks import echo, sleep
+        calls = {
+            "unknown": lambda: app.send_task("no.such.task"),
+            "argument": lambda: sleep.delay("long"),
+            "missing": lambda: echo.delay(),
+            "queue": lambda: echo.apply_async([1], queue="elsewhere"),
+            "link": lambda: echo.apply_async([1], link=echo.s(2)),
+            "not json": lambda: echo.delay(float("nan")),
+            "id": lambda: echo.apply_async([1], task_id="seven"),
+        }
+        told = {}
+        for name, call in calls.items():
+            try:
+                told[name] = call().id
+            except Exception as raised:
+                told[name] = type(raised).__name__
+        print(json.dumps(told))
+        """,
+    )
+
+    assert said == {
+        "unknown": "NotRegistered",
+        "argument": "ValidationFailed",
+        "missing": "ValidationFailed",
+        "queue": "ValueError",
+        "link": "TypeError",
+        "not json": "ValueError",
+        "id": "ValueError",
+    }
+
+
+def test_with_redis_away_a_submit_from_python_succeeds_and_runs_later(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.worker.sample_tasks import echo
+        print(json.dumps({"id": echo.delay("later").id}))
+        """,
+        REDIS_URL="redis://127.0.0.1:1/0",
+    )
+
+    assert running.ends(UUID(str(said["id"])))["status"] == "SUCCESS"
+
+
+def test_a_task_called_as_a_function_is_a_function(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json
+        from app.worker.sample_tasks import echo
+        from app.worker.tasks import long_task
+        print(json.dumps({"echo": echo([1]), "long": long_task(0.01)}))
+        """,
+        DATABASE_URL="postgresql://nobody@127.0.0.1:1/none",
+    )
+
+    assert said == {"echo": [1], "long": "Worked for 0.01 seconds"}
+
+
+def test_a_waiter_is_woken_even_if_redis_lost_the_copy(running: Service) -> None:
+    said = client(
+        running,
+        """
+        import json, os, threading, time
+        import redis
+        from app.worker.sample_tasks import sleep
+        waiting = sleep.delay(1.0)
+        with redis.Redis.from_url(os.environ["REDIS_URL"]) as plain:
+            # From before the task ends until after, whatever is stored or announced for it is thrown away.
+            stop = threading.Event()
+            def throw_away():
+                while not stop.wait(0.002):
+                    plain.delete(f"celery-task-meta-{waiting.id}")
+            thread = threading.Thread(target=throw_away)
+            thread.start()
+            waiting.get(timeout=20)
+            stop.set()
+            thread.join()
+            plain.delete(f"celery-task-meta-{waiting.id}")
+            from celery.result import AsyncResult
+            from app.celery_app import app
+            status = AsyncResult(waiting.id, app=app).status
+        print(json.dumps({"status": status}))
+        """,
+    )
+
+    assert said == {"status": "SUCCESS"}
+
+
+def test_an_unknown_id_is_pending_to_celery_and_unknown_to_us(running: Service) -> None:
+    task_id = uuid4()
+    said = client(
+        running,
+        f"""
+        import json
+        from celery.result import AsyncResult
+        from app.celery_app import app
+        print(json.dumps({{"status": AsyncResult("{task_id}", app=app).status}}))
+        """,
+    )
+
+    assert said == {"status": "PENDING"}
+    assert running.http.get(f"/api/tasks/{task_id}/status").status_code == 404
+    wait_until(running.ready, what="readiness")

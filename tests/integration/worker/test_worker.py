@@ -1,0 +1,277 @@
+"""A real worker, a real relay and a real API, through HTTP."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import psutil
+import pytest
+import redis
+
+from app import broker, lifecycle
+from tests.support.receiver import Receiver
+from tests.support.service import Service
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def plain(running: Service) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(running.environment["REDIS_URL"]) as client:
+        yield client
+
+
+def test_the_mission(running: Service) -> None:
+    with Receiver() as receiver:
+        for body in ({"webhook_url": receiver.url}, {}, None):
+            answer = running.http.post("/api/tasks/submit", json=body)
+            assert answer.status_code == 202
+            assert list(answer.json()) == ["task_id"]
+        task_id = running.submit("long_task", 1.0, webhook_url=receiver.url)
+        early = running.http.get(f"/api/tasks/{task_id}/result")
+        seen = {running.status(task_id)}
+        assert (early.status_code, early.json()) == (202, {"detail": "Result not available yet"})
+        wait_until(lambda: seen.add(running.status(task_id)) or "SUCCESS" in seen, what="the end")
+        done = running.http.get(f"/api/tasks/{task_id}/result")
+        wait_until(
+            lambda: [one for one in receiver.requests if json.loads(one.body)["data"]["task_id"] == str(task_id)],
+            what="the webhook",
+        )
+
+    assert seen <= {"PENDING", "STARTED", "SUCCESS"}
+    assert "STARTED" in seen
+    assert (done.status_code, done.json()) == (200, {"result": "Worked for 1 second"})
+
+
+def test_a_flaky_task_succeeds_after_three_retries_each_under_its_cap(running: Service) -> None:
+    task_id = running.submit("sample.flaky", 3)
+    waits: dict[int, float] = {}
+
+    def ended() -> bool:
+        view = running.view(task_id)
+        if view["status"] == "RETRY":
+            waits[view["failures"]] = _seconds(view["run_at"]) - _seconds(view["started_at"])
+        return str(view["status"]) in {"SUCCESS", "FAILURE"}
+
+    wait_until(ended, what="the end")
+    view = running.view(task_id)
+    assert (view["status"], view["attempt"], view["failures"]) == ("SUCCESS", 4, 3)
+    for failures, cap in ((1, 1.0), (2, 2.0), (3, 4.0)):
+        assert waits.get(failures, 0.0) <= cap + 0.2
+
+
+def _seconds(instant: str) -> float:
+    from datetime import datetime  # noqa: PLC0415
+
+    return datetime.fromisoformat(instant).timestamp()
+
+
+def test_a_task_that_kills_its_process_ends_after_its_budget_and_the_pool_works_on(running: Service) -> None:
+    view = running.ends(running.submit("sample.crash"))
+
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "WorkerLost", 3)
+    assert view["failures"] == 0, "a crash is not a failure of the task's own code"
+    assert running.ends(running.submit("sample.echo", 1))["status"] == "SUCCESS"
+
+
+def test_a_task_that_leaves_without_a_word_is_a_crash(running: Service) -> None:
+    view = running.ends(running.submit("odd.quit"))
+
+    assert (view["status"], view["error"]["type"]) == ("FAILURE", "WorkerLost")
+
+
+@pytest.mark.parametrize("kind", ["set", "nan", "infinity", "surrogate", "digits", "deep", "object"])
+def test_a_result_that_json_cannot_hold_ends_its_task_and_not_its_worker(running: Service, kind: str) -> None:
+    children = {one.pid for one in running.process("worker").children()}
+
+    view = running.ends(running.submit("odd.result", kind))
+
+    assert (view["status"], view["error"]["type"]) == ("FAILURE", "ResultNotSerializable")
+    assert {one.pid for one in running.process("worker").children()} == children
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("nul", "a\x00b"), ("none", None), ("type", {"__type__": "decimal", "__value__": "1"})]
+)
+def test_a_result_that_json_can_hold_arrives_as_it_is(running: Service, kind: str, expected: object) -> None:
+    task_id = running.submit("odd.result", kind)
+    running.ends(task_id)
+
+    assert running.result(task_id) == {"result": expected}
+
+
+def test_a_result_over_the_limit_ends_its_task(running: Service) -> None:
+    view = running.ends(running.submit("sample.large", 1024 * 1024))
+    assert (view["status"], view["error"]["type"]) == ("FAILURE", "ResultTooLarge")
+    assert running.ends(running.submit("sample.large", 1024 * 1024 - 2))["status"] == "SUCCESS"
+
+
+@pytest.mark.parametrize(
+    ("kind", "error_type"),
+    [
+        ("exit", "SystemExit"),
+        ("interrupt", "KeyboardInterrupt"),
+        ("memory", "OutOfMemory"),
+        ("generator", "GeneratorExit"),
+        ("unspeakable", "_UnspeakableError"),
+        ("nul", "ValueError"),
+    ],
+)
+def test_whatever_a_task_raises_is_its_outcome_and_the_worker_lives_on(
+    running: Service, kind: str, error_type: str
+) -> None:
+    worker = running.process("worker")
+
+    view = running.ends(running.submit("odd.raise", kind))
+
+    assert (view["status"], view["error"]["type"]) == ("FAILURE", error_type)
+    assert worker.running()
+
+
+def test_a_retry_by_hand_spends_the_budget_and_ends_with_the_cause(running: Service) -> None:
+    view = running.ends(running.submit("odd.retry", 0.05))
+
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "KeyError", 3)
+
+
+def test_a_submit_s_own_max_retries_holds(running: Service) -> None:
+    assert running.ends(running.submit("sample.flaky", 1, max_retries=0))["attempt"] == 1
+
+
+@pytest.mark.parametrize("name", ["odd.limited", "odd.hold_the_gil"])
+def test_a_task_past_its_time_limit_ends_even_inside_a_c_call(running: Service, name: str) -> None:
+    view = running.ends(running.submit(name))
+
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "TimeLimitExceeded", 1)
+    assert running.ends(running.submit("sample.echo", 1))["status"] == "SUCCESS"
+
+
+def test_a_c_call_longer_than_the_lease_runs_once(running: Service) -> None:
+    view = running.ends(running.submit("odd.hold_the_gil", time_limit=5.0))
+
+    assert (view["attempt"], view["error"]["type"]) == (1, "TimeLimitExceeded")
+
+
+def test_progress_is_shown_while_a_task_runs(running: Service) -> None:
+    task_id = running.submit("long_task", 3.0)
+
+    shown = wait_until(lambda: running.view(task_id)["progress"], what="progress")
+    assert 0.0 < shown["fraction"] <= 1.0
+    assert running.ends(task_id)["status"] == "SUCCESS"
+
+
+def _bell(task_id: UUID, name: str, attempt: int = 0) -> lifecycle.Bell:
+    return lifecycle.Bell(task_id=task_id, name=name, queue="default", attempt=attempt, position=1)
+
+
+def test_repeated_stale_and_forged_messages_do_no_harm(running: Service, plain: redis.Redis, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    task_id = running.submit("odd.attempts", str(ledger))
+    for attempt in (0, 0, 1, 7):
+        plain.lpush("default", broker.encode(_bell(task_id, "odd.attempts", attempt), "default"))
+    plain.lpush("default", broker.encode(_bell(task_id, "sample.crash"), "default"))
+    plain.lpush("default", broker.encode(_bell(uuid4(), "sample.crash"), "default"))
+    huge = broker.encode(_bell(uuid4(), "sample.echo"), "default").replace(b'"attempt":0', b'"attempt":99999999999')
+    plain.lpush("default", huge)
+
+    assert running.ends(task_id)["attempt"] == 1
+    assert len(ledger.read_text().splitlines()) == 1
+    wait_until(lambda: plain.llen("default") == 0, what="an empty queue")
+    assert running.ends(running.submit("sample.echo", 1))["status"] == "SUCCESS"
+
+
+def test_garbage_in_the_queue_does_not_stop_it(running: Service, plain: redis.Redis) -> None:
+    poisoned = json.loads(broker.encode(_bell(uuid4(), "sample.echo"), "default"))
+    poisoned["body"] = "W3siX190eXBlX18iOiJub3BlIiwiX192YWx1ZV9fIjoxfSx7fSx7fV0="
+    plain.rpush("default", b"garbage", b"\xff\xfe", b"{}", b"[1]", b'{"headers": {}}', json.dumps(poisoned))
+
+    assert running.ends(running.submit("sample.echo", 1), seconds=40)["status"] == "SUCCESS"
+    assert running.process("worker").running()
+
+
+def test_a_task_that_this_worker_does_not_know_is_handed_back(running: Service, plain: redis.Redis) -> None:
+    task_id = running.submit("sample.sleep", 0.0, countdown=3600)
+    _execute(running, "UPDATE task SET name = 'next.release', run_at = now() WHERE id = $1", task_id)
+
+    refusals = wait_until(
+        lambda: _value(running, "SELECT refusals FROM task WHERE id = $1 AND refusals >= 2", task_id),
+        what="two refusals",
+    )
+    assert refusals
+    assert running.status(task_id) == "PENDING"
+    assert not plain.exists(f"celery-task-meta-{task_id}"), "Celery's opinion must not be stored"
+    assert running.process("worker").running()
+
+
+def _execute(running: Service, sql: str, *args: object) -> None:
+    _value(running, sql, *args)
+
+
+def _value(running: Service, sql: str, *args: object) -> object:
+    import asyncio  # noqa: PLC0415
+
+    import asyncpg  # noqa: PLC0415
+
+    async def ask() -> object:
+        connection = await asyncpg.connect(running.environment["DATABASE_URL"])
+        try:
+            return await connection.fetchval(sql, *args)
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+def test_a_dead_keeper_is_replaced_and_the_task_that_ran_is_not_disturbed(running: Service) -> None:
+    worker = running.process("worker")
+    task_id = running.submit("sample.sleep", 6.0)
+    running.reaches(task_id, "STARTED")
+    keeper = worker.keeper()
+    assert keeper is not None
+    keeper.kill()
+
+    wait_until(lambda: (found := worker.keeper()) and found.pid != keeper.pid, what="another keeper")
+    view = running.ends(task_id)
+    assert (view["status"], view["attempt"]) == ("SUCCESS", 1)
+
+
+def test_a_killed_child_is_a_crash_and_its_neighbour_is_not_disturbed(running: Service) -> None:
+    worker = running.process("worker")
+    tasks = [running.submit("sample.sleep", 2.0) for _ in range(2)]
+    for task_id in tasks:
+        running.reaches(task_id, "STARTED")
+    victim, *_ = worker.children()
+    victim.kill()
+
+    views = [running.ends(task_id) for task_id in tasks]
+    assert [view["status"] for view in views] == ["SUCCESS", "SUCCESS"]
+    assert sorted(view["attempt"] for view in views) == [1, 2]
+
+
+def test_a_frozen_process_whose_task_was_taken_over_writes_nothing(running: Service) -> None:
+    worker = running.process("worker")
+    task_id = running.submit("odd.stop_yourself", 0.0)
+    running.reaches(task_id, "STARTED")
+    frozen = wait_until(
+        lambda: [one for one in worker.children() if one.status() == psutil.STATUS_STOPPED], what="the freeze"
+    )
+    _execute(
+        running,
+        "UPDATE task SET token = gen_random_uuid() WHERE id = $1",  # as if another worker had claimed it
+        task_id,
+    )
+
+    wait_until(lambda: not frozen[0].is_running() or frozen[0].status() == psutil.STATUS_ZOMBIE, what="its end")
+    assert running.status(task_id) in {"STARTED", "RETRY", "PENDING"}
+    for one in worker.children():
+        if one.status() == psutil.STATUS_STOPPED:
+            one.resume()
+    wait_until(lambda: _thawed(running) and running.status(task_id) == "SUCCESS", 30, "the successor's end")
+
+
+def _thawed(running: Service) -> bool:
+    for one in running.process("worker").children():
+        if one.status() == psutil.STATUS_STOPPED:
+            one.send_signal(signal.SIGCONT)
+    return True

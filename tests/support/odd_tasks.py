@@ -1,0 +1,91 @@
+"""Tasks that do what tasks should not, for the tests of the worker."""
+
+import os
+import re
+import signal
+import time
+
+from celery import current_task
+
+from app.catalog import task
+
+
+@task("odd.result")
+def result(kind: str) -> object:
+    """Return what JSON can't hold, or can only just."""
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    kinds: dict[str, object] = {
+        "set": {1},
+        "nan": float("nan"),
+        "infinity": [float("inf")],
+        "surrogate": "\ud800",
+        "digits": 10**5000,
+        "deep": deep,
+        "object": object(),
+        "nul": "a\x00b",
+        "type": {"__type__": "decimal", "__value__": "1"},
+        "none": None,
+    }
+    return kinds[kind]
+
+
+class _UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+@task("odd.raise")
+def raise_(kind: str) -> None:
+    """Raise what tasks should not raise."""
+    kinds: dict[str, BaseException] = {
+        "exit": SystemExit(3),
+        "interrupt": KeyboardInterrupt(),
+        "memory": MemoryError(),
+        "generator": GeneratorExit(),
+        "unspeakable": _UnspeakableError(),
+        "nul": ValueError("a\x00b\ud800"),
+    }
+    raise kinds[kind]
+
+
+@task("odd.hold_the_gil", time_limit=1.5)
+def hold_the_gil() -> bool:
+    """Spend minutes in one C call that never lets another thread run."""
+    return re.match(r"(a+)+$", "a" * 40 + "b") is not None
+
+
+@task("odd.limited", time_limit=1.0)
+def limited() -> None:
+    """Run longer than it may."""
+    time.sleep(60)
+
+
+@task("odd.quit")
+def quit_() -> None:
+    """Leave without a word."""
+    os._exit(0)
+
+
+@task("odd.stop_yourself")
+def stop_yourself(seconds: float) -> str:
+    """Freeze this process; somebody else must let it go on."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(seconds)
+    return "went on"
+
+
+@task("odd.retry", max_retries=2)
+def retry(countdown: float) -> int:
+    """Ask for a retry by hand, until there are none left."""
+    raise current_task.retry(countdown=countdown, exc=KeyError("again"))
+
+
+@task("odd.attempts", max_retries=5, autoretry_for=(OSError,), retry_backoff=True)
+def attempts(path: str) -> str:
+    """Note each run in a file, and sleep."""
+    with open(path, "a") as ledger:  # noqa: PTH123  # plain text
+        ledger.write(f"{os.getpid()}\n")
+    time.sleep(3)
+    return "done"

@@ -31,7 +31,7 @@ class Channel(redis.Channel):  # type: ignore[misc]  # kombu ships no types
             return True
 
 
-class Transport(redis.Transport):  # type: ignore[misc]  # as above
+class Transport(redis.Transport):
     """Redis, for messages of this service alone."""
 
     Channel = Channel

@@ -139,7 +139,7 @@ async def test_the_bell_is_rung_after_the_commit(api: httpx.AsyncClient, api_set
 async def test_an_accepted_task_is_counted(api: httpx.AsyncClient) -> None:
     labels = {"task": "sample.echo", "queue": "reports", "outcome": "accepted"}
     before = metrics.REGISTRY.get_sample_value("taskqueue_tasks_submitted_total", labels) or 0
-    await submitted(api, task="sample.echo", queue="reports")
+    await submitted(api, task="sample.echo", args=[1], queue="reports")
     assert metrics.REGISTRY.get_sample_value("taskqueue_tasks_submitted_total", labels) == before + 1
 
 

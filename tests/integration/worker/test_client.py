@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from datetime import datetime
 from uuid import UUID, uuid4
 
 import pytest
@@ -82,8 +83,6 @@ def test_every_option_reaches_the_row(running: Service) -> None:
 
 
 def _hours(start: str, end: str) -> float:
-    from datetime import datetime  # noqa: PLC0415
-
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds() / 3600
 
 

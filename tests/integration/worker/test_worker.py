@@ -1,11 +1,14 @@
 """A real worker, a real relay and a real API, through HTTP."""
 
+import asyncio
 import json
 import signal
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import asyncpg
 import psutil
 import pytest
 import redis
@@ -30,16 +33,21 @@ def test_the_mission(running: Service) -> None:
             assert list(answer.json()) == ["task_id"]
         task_id = running.submit("long_task", 1.0, webhook_url=receiver.url)
         early = running.http.get(f"/api/tasks/{task_id}/result")
-        seen = {running.status(task_id)}
+        seen = [running.status(task_id)]
         assert (early.status_code, early.json()) == (202, {"detail": "Result not available yet"})
-        wait_until(lambda: seen.add(running.status(task_id)) or "SUCCESS" in seen, what="the end")
+
+        def ended() -> bool:
+            seen.append(running.status(task_id))
+            return "SUCCESS" in seen
+
+        wait_until(ended, what="the end")
         done = running.http.get(f"/api/tasks/{task_id}/result")
         wait_until(
             lambda: [one for one in receiver.requests if json.loads(one.body)["data"]["task_id"] == str(task_id)],
             what="the webhook",
         )
 
-    assert seen <= {"PENDING", "STARTED", "SUCCESS"}
+    assert set(seen) <= {"PENDING", "STARTED", "SUCCESS"}
     assert "STARTED" in seen
     assert (done.status_code, done.json()) == (200, {"result": "Worked for 1 second"})
 
@@ -62,8 +70,6 @@ def test_a_flaky_task_succeeds_after_three_retries_each_under_its_cap(running: S
 
 
 def _seconds(instant: str) -> float:
-    from datetime import datetime  # noqa: PLC0415
-
     return datetime.fromisoformat(instant).timestamp()
 
 
@@ -209,10 +215,6 @@ def _execute(running: Service, sql: str, *args: object) -> None:
 
 
 def _value(running: Service, sql: str, *args: object) -> object:
-    import asyncio  # noqa: PLC0415
-
-    import asyncpg  # noqa: PLC0415
-
     async def ask() -> object:
         connection = await asyncpg.connect(running.environment["DATABASE_URL"])
         try:

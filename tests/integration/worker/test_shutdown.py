@@ -1,0 +1,108 @@
+"""How a worker ends, by signal and by force, and what becomes of what it ran."""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from tests.support.service import Process, Service
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def worker(running: Service) -> Iterator[Process]:
+    """A worker of this test alone, which it may end."""
+    beat = running.directory / "run" / "worker.beat"
+    for process in running.processes:
+        if process.command == "worker":
+            process.stop()
+    beat.unlink(missing_ok=True)
+    started = running.start("worker")
+    wait_until(beat.exists, 30, "the worker's start")
+    yield started
+    started.stop()
+
+
+def test_an_idle_worker_ends_soon_after_sigterm(worker: Process) -> None:
+    children = worker.children()
+    keeper = worker.keeper()
+    assert keeper is not None
+
+    worker.signal(signal.SIGTERM)
+
+    assert worker.wait(5) == 0
+    wait_until(lambda: not any(map(_alive, [*children, keeper])), 5, "the end of its children and its keeper")
+
+
+def _alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_task_that_ends_within_the_grace_is_not_disturbed(running: Service, worker: Process) -> None:
+    task_id = running.submit("sample.sleep", 1.0)
+    running.reaches(task_id, "STARTED")
+
+    worker.signal(signal.SIGTERM)
+    worker.wait(6)
+
+    view = running.view(task_id)
+    assert (view["status"], view["attempt"]) == ("SUCCESS", 1)
+
+
+def test_a_task_that_outlives_the_grace_runs_elsewhere_within_seconds_at_no_cost(
+    running: Service, worker: Process
+) -> None:
+    tasks = [running.submit("sample.sleep", 4.0) for _ in range(2)]
+    for task_id in tasks:
+        running.reaches(task_id, "STARTED")
+    successor = running.start("worker")
+    try:
+        worker.signal(signal.SIGTERM)
+        # The grace is 4 s, so it turns cold after 2.
+        for task_id in tasks:
+            wait_until(lambda task_id=task_id: running.view(task_id)["attempt"] == 2, 8, "the second attempt")
+        worker.wait(4)
+        views = [running.ends(task_id) for task_id in tasks]
+    finally:
+        successor.stop()
+
+    for view in views:
+        assert (view["status"], view["attempt"], view["failures"]) == ("SUCCESS", 2, 0)
+    assert "lost" not in worker.log.read_text()
+
+
+def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(running: Service, worker: Process) -> None:
+    task_id = running.submit("sample.sleep", 3.0, time_limit=60.0)
+    running.reaches(task_id, "STARTED")
+    successor = running.start("worker", TASKQUEUE_LEASE_SECONDS="30")
+    try:
+        began = time.monotonic()
+        worker.signal(signal.SIGKILL)
+        wait_until(lambda: running.view(task_id)["attempt"] == 2, 8, "the second attempt")
+        assert time.monotonic() - began < 5
+        assert running.ends(task_id)["status"] == "SUCCESS"
+    finally:
+        successor.stop()
+
+    wait_until(lambda: not worker.children(), 5, "the end of its children")
+
+
+def test_a_worker_killed_with_its_keeper_is_missed_when_its_lease_ends(running: Service, worker: Process) -> None:
+    task_id = running.submit("sample.sleep", 1.0)
+    running.reaches(task_id, "STARTED")
+    keeper = worker.keeper()
+    assert keeper is not None
+    began = time.monotonic()
+    keeper.suspend()
+    worker.signal(signal.SIGKILL)
+    keeper.kill()
+    successor = running.start("worker")
+    try:
+        view = running.ends(task_id, 20)
+    finally:
+        successor.stop()
+
+    assert (view["status"], view["attempt"]) == ("SUCCESS", 2)
+    assert time.monotonic() - began > 1

@@ -28,6 +28,7 @@ _UNREACHABLE = (
     OSError,  # refused, reset, no route; TimeoutError is one too
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,  # the connection closed under the statement
+    asyncpg.InternalClientError,  # the server's farewell was read just before the statement began
     asyncpg.CannotConnectNowError,  # starting up or shutting down
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,

@@ -55,6 +55,16 @@ _QUEUE_DEPTH = Gauge(
 _TASKS = Gauge("taskqueue_tasks", "Unfinished tasks. Aggregate with max.", ["queue", "state"], registry=REGISTRY)
 
 
+_SLOTS = Gauge("taskqueue_worker_slots", "Tasks that this worker can run at once.", ["pool"], registry=REGISTRY)
+_BUSY_SLOTS = Gauge("taskqueue_worker_busy_slots", "Tasks that this worker runs.", ["pool"], registry=REGISTRY)
+
+
+def show_pool(pool: str, *, slots: int, busy: int) -> None:
+    """Show how much of a worker's pool is in use."""
+    _SLOTS.labels(pool=pool).set(slots)
+    _BUSY_SLOTS.labels(pool=pool).set(busy)
+
+
 def show_queue(queue: str, *, depth: int, waiting: int, running: int) -> None:
     """Show the state of a queue: messages in Redis, waiting and running tasks in Postgres."""
     _QUEUE_DEPTH.labels(queue=queue).set(depth)

@@ -7,6 +7,7 @@ kept, and beyond a limit the oldest lines are let go.
 import asyncio
 import contextlib
 import os
+import re
 import select
 import time
 from collections import deque
@@ -15,6 +16,9 @@ from datetime import datetime
 LINES_KEPT = 10_000
 PIPE_ROOM = 4096
 """Bytes that a pipe takes without waiting once it says that it is writable (POSIX PIPE_BUF on Linux)."""
+
+OWN_TIME = re.compile(r"(\d\d:\d\d:\d\d\.\d{3}) ")
+"""How our own processes begin a line (`core.telemetry`)."""
 
 LONGEST_LINE = 65_536
 """Bytes after which a line without an end is passed on as it is."""
@@ -30,9 +34,10 @@ class Console:
         self._watched = False
 
     def tell(self, name: str, message: str) -> None:
-        """Write `HH:MM:SS.mmm  name    | message`."""
-        now = datetime.now().astimezone().isoformat(timespec="milliseconds")[11:23]
-        self.say(f"{now}  {name:<8}| {message}")
+        """Write `HH:MM:SS.mmm  name    | message`, with the message's own time if it begins with one."""
+        own = OWN_TIME.match(message)
+        now = own[1] if own else datetime.now().astimezone().isoformat(timespec="milliseconds")[11:23]
+        self.say(f"{now}  {name:<8}| {message[own.end() :] if own else message}")
 
     def say(self, line: str) -> None:
         """Write one line as it is."""

@@ -9,6 +9,7 @@ children show (`slots`), and
   release if the worker is stopping, a loss if the whole worker is gone,
 - ends tasks past their hard time limit, by settling first and killing then,
 - kills an attempt that was superseded, so that its slot does useful work again,
+- serves the worker's metrics,
 - hands back tasks that this worker does not know, which the main process names
   on the keeper's standard input.
 
@@ -30,7 +31,7 @@ from uuid import UUID
 
 from app import db, lifecycle, publisher
 from app.broker import Broker
-from app.core import config, errors, telemetry
+from app.core import config, errors, metrics, telemetry
 from app.core.config import Settings
 from app.db import Database
 from app.lifecycle import Budgets, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
@@ -75,13 +76,14 @@ class Keeper:
         """Look and renew until the worker is gone and nothing of it is left to settle."""
         commands = asyncio.create_task(self._take_commands())
         renewals = asyncio.create_task(self._renew_forever())
+        metrics_server = asyncio.create_task(self._serve_metrics())
         try:
             while self._worker_lives():
                 self._look()
                 await asyncio.sleep(LOOK_SECONDS)
             await self._settle_the_rest()
         finally:
-            for task in (commands, renewals, *self._busy.values()):
+            for task in (commands, renewals, metrics_server, *self._busy.values()):
                 task.cancel()
             await self._broker.close()
             await self._db.close()
@@ -97,7 +99,10 @@ class Keeper:
             await asyncio.sleep(LOOK_SECONDS / 4)
 
     def _look(self) -> None:
-        for slot in self._slots.all():
+        taken = self._slots.all()
+        busy = sum(slot.running is not None for slot in taken)
+        metrics.show_pool(",".join(self._settings.queues), slots=self._settings.concurrency, busy=busy)
+        for slot in taken:
             if not _lives(slot.pid):
                 self._start(slot, self._bury(slot))
             elif slot.running is not None and slot.running.overdue():
@@ -173,6 +178,18 @@ class Keeper:
             log.warning("task %s attempt %d was superseded; its process is killed", claim.task_id, claim.attempt)
             self._kill(running[claim], claim)
         self._unheld = unheld
+
+    async def _serve_metrics(self) -> None:
+        """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""
+        while True:
+            try:
+                metrics.serve(self._settings.metrics_port)
+            except errors.SettingsError as taken:
+                # The keeper of a worker that has just gone may still have the port.
+                log.warning("%s", taken)
+                await asyncio.sleep(SETTLE_LAST_SECONDS)
+            else:
+                return
 
     async def _take_commands(self) -> None:
         """Read lines such as `{"refuse": {"id": …, "attempt": …, "name": …}}` from the worker."""

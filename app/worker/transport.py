@@ -17,7 +17,7 @@ from app.core import errors
 log = logging.getLogger(__name__)
 
 
-class Channel(redis.Channel):  # type: ignore[misc]  # kombu ships no types
+class Channel(redis.Channel):
     """A channel that survives what is not JSON."""
 
     def _brpop_read(self, **options: Any) -> Any:

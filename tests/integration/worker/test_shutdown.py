@@ -61,8 +61,7 @@ def test_a_task_that_outlives_the_grace_runs_elsewhere_within_seconds_at_no_cost
     try:
         worker.signal(signal.SIGTERM)
         # The grace is 4 s, so it turns cold after 2.
-        for task_id in tasks:
-            wait_until(lambda task_id=task_id: running.view(task_id)["attempt"] == 2, 8, "the second attempt")
+        wait_until(lambda: all(running.view(one)["attempt"] == 2 for one in tasks), 8, "the second attempts")
         worker.wait(4)
         views = [running.ends(task_id) for task_id in tasks]
     finally:

@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA_DIR := $(or $(TASKQUEUE_DATA_DIR),.taskqueue)
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 # A candidate is run, not looked up: a pyenv shim may be there and fail.
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3 python3.13)
@@ -45,7 +46,7 @@ format: $(VENV)/.dev ## Format the code, and repair what can be repaired safely
 
 .PHONY: demo-faults
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
-	@exec $(BIN)/python -m app.dev.demo_faults
+	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)
 
 ##@ Rarely
 

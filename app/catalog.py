@@ -23,7 +23,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from app.core import errors
 from app.core.config import QUEUE_NAME, Settings
 from app.parameters import Parameters
-from app.worker import execution
+from app.worker import execution, submission
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,255}")
 MAX_RETRIES_LIMIT = 100
@@ -148,7 +148,7 @@ class TaskDecorator:
                 parameters=Parameters(name, function),
             )
             _add(entry)
-            made = execution.celery.task(
+            made = submission.celery.task(
                 name=name,
                 base=execution.DurableTask,
                 shared=False,

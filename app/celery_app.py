@@ -25,7 +25,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from app import catalog
 from app.core import config, telemetry
 from app.core.config import Settings
-from app.worker import bridge, execution
+from app.worker import bridge, execution, submission
 from app.worker.slots import Slots
 
 SOCKET_TIMEOUT_SECONDS = 10
@@ -112,7 +112,10 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         if self._process is not None:
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
         command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd)]
-        self._process = subprocess.Popen(command, pass_fds=[_slots().fd], stdin=subprocess.PIPE, bufsize=0)
+        # In a session of its own, so that what is sent to the worker's group leaves it to settle what is left.
+        self._process = subprocess.Popen(
+            command, pass_fds=[_slots().fd], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
         assert self._process.stdin is not None  # noqa: S101  # stdin=PIPE
         os.set_blocking(self._process.stdin.fileno(), False)
 
@@ -157,7 +160,7 @@ def beat_file(settings: Settings) -> Path:
     return settings.data_dir / "run" / "worker.beat"
 
 
-app = execution.celery
+app = submission.celery
 app.steps["worker"].update({KeeperStep, BeatStep})
 app.add_defaults(lambda: configuration(_settings()))
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "app.worker.transport:Transport"))

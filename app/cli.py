@@ -64,13 +64,12 @@ def _api() -> int | None:
     from gunicorn.app.base import BaseApplication  # noqa: PLC0415
     from gunicorn.glogging import Logger  # noqa: PLC0415
 
-    from app import catalog  # noqa: PLC0415
     from app.core import telemetry  # noqa: PLC0415
-    from app.main import create_app  # noqa: PLC0415
+    from app.main import check, create_app  # noqa: PLC0415
 
     telemetry.configure_logging(settings, "api")
-    # Here a module that can't be imported is one line; in gunicorn's worker it would be a traceback.
-    catalog.load_modules(settings)
+    # Here a setting that does not do is one line; in gunicorn's worker it would be a traceback.
+    check(settings)
 
     class OurLogger(Logger):  # type: ignore[misc]  # gunicorn ships no types
         """Gunicorn's lines, in the format of all others."""

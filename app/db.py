@@ -94,8 +94,9 @@ class Database:
         try:
             yield connection
         except _UNREACHABLE as away:
-            # Whatever state the connection is in, nobody should get it next.
-            connection.terminate()
+            # Whatever state the connection is in, nobody should get it next. The pool may have it back already.
+            with contextlib.suppress(asyncpg.InterfaceError):
+                connection.terminate()
             raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(away).__name__})") from away
         finally:
             with contextlib.suppress(*_UNREACHABLE):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from app import __doc__ as summary
 from app import __version__, catalog, migrations
 from app.broker import Broker
-from app.core import metrics, telemetry
+from app.core import errors, metrics, telemetry
 from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
@@ -26,13 +26,25 @@ RING_AGAIN_SECONDS = 1.0
 log = logging.getLogger(__name__)
 
 
+def check(settings: Settings) -> None:
+    """Find out whether the API can run under these settings, without opening anything.
+
+    Raises:
+        SettingsError: if one of the operator's task modules can't be imported, or keys are asked for.
+    """
+    if settings.auth_mode == "api-key":
+        # Better no service than one that looks protected and is open.
+        raise errors.SettingsError("TASKQUEUE_AUTH_MODE is wrong: api-key is not available yet; only none is")
+    catalog.load_modules(settings)
+
+
 def create_app(settings: Settings) -> FastAPI:
     """The API under these settings. Nothing is opened before its lifespan begins.
 
     Raises:
-        SettingsError: if one of the operator's task modules can't be imported.
+        SettingsError: as `check`.
     """
-    catalog.load_modules(settings)
+    check(settings)
     telemetry.configure(settings, PROCESS_NAME)
     api = FastAPI(
         title="Task Queue Worker API",

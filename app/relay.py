@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import delivery, lifecycle, publisher
+from app import db, delivery, lifecycle, publisher
 from app.broker import Broker
 from app.core import errors, metrics, telemetry
 from app.core.config import Settings, webhook_key
@@ -165,9 +165,10 @@ class Relay:
             timestamp_seconds=int(claimed.claimed_at.timestamp()),
         )
         verdict = delivery.decide(claimed.attempt, receipt, self.settings.webhook_schedule)
-        # If Postgres is away now, the lease runs out and the receiver hears of it again, under the same id.
-        with contextlib.suppress(errors.DatabaseUnavailable):
-            await delivery.settle(self.db, claimed, receipt, verdict)
+        # If Postgres stays away for longer, the receiver hears of it again, under the same id.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DELIVERY_LEASE_SECONDS):
+                await db.insist(lambda: delivery.settle(self.db, claimed, receipt, verdict), what="a webhook's receipt")
 
     async def watch_connection(self) -> None:
         """Know since when Postgres answers, without a gap that this relay noticed."""

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
@@ -27,6 +27,7 @@ SUBMITTERS = 4
 SUBMIT_TIMEOUT_SECONDS = 5.0
 TRY_AGAIN_SECONDS = 0.2
 ACCEPTED = 202
+UNAVAILABLE = 503
 ENDED = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 EXAMPLES = 3
 """How many ids a complaint names."""
@@ -81,7 +82,7 @@ class Receiver:
         self.posted: list[Posted] = []
         self.task_ids: set[str] = set()
 
-    async def __aenter__(self) -> "Receiver":
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, ports.ADDRESS, backlog=512)
         return self
 
@@ -121,6 +122,7 @@ class Ledger:
     Attributes:
         acknowledged: the job of each task id that the service answered.
         refused: submits that got no acknowledgement; each was repeated as a new one.
+        broken: those of them that were answered, but neither accepted nor told to come back.
     """
 
     url: str
@@ -128,6 +130,7 @@ class Ledger:
     chance: random.Random
     acknowledged: dict[str, Job] = field(default_factory=dict)
     refused: int = 0
+    broken: int = 0
 
     async def submit(self, portion: Iterable[Job]) -> None:
         """Submit a portion, a few at a time, and return when all of it is acknowledged."""
@@ -154,8 +157,8 @@ class Ledger:
             return False
         if response.status_code == ACCEPTED:
             self.acknowledged[str(response.json()["task_id"])] = job
-        elif response.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
-            raise RuntimeError(f"a submit was answered {response.status_code}: {response.text}")
+        elif response.status_code != UNAVAILABLE:
+            self.broken += 1
         return response.status_code == ACCEPTED
 
 
@@ -225,7 +228,10 @@ def compare(rows: Mapping[str, Mapping[str, Any]], ledger: Ledger, posted: Itera
         "submits not acknowledged": ledger.refused,
         "unacknowledged extras": len(extras),
     }
-    return Audit(counts, tuple(_complaint(what, found) for what, found in complaints.items() if found))
+    said = [_complaint(what, found) for what, found in complaints.items() if found]
+    if ledger.broken:
+        said.append(f"{ledger.broken} submits were answered neither {ACCEPTED} nor {UNAVAILABLE}")
+    return Audit(counts, tuple(said))
 
 
 def _complaint(what: str, found: set[str]) -> str:

@@ -98,6 +98,10 @@ def _look(pid: int) -> Process | None:
     return Process(pid, int(parent), int(rest[17]), " ".join(words).strip())
 
 
+async def _none_lives(processes: list[Process]) -> bool:
+    return not any(process.lives() for process in processes)
+
+
 class Service:
     """A supervisor with its processes, in a directory of its own.
 
@@ -115,7 +119,7 @@ class Service:
         self.data_dir.mkdir(mode=0o700)
         self.log_file = home / "service.log"
         self.concurrency = concurrency
-        self._environment = _environment(self.data_dir, concurrency)
+        self._environment = _environment(home, self.data_dir, concurrency)
         # The supervisor will make the same plan: the data directory remembers what was made up.
         planned = environment.plan(self._environment).environment
         self.url = f"http://{ports.ADDRESS}:{planned['PORT']}"
@@ -135,7 +139,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C is for the drill, which ends it in order
-                preexec_fn=linux.before_exec(parent_death_signal=signal.SIGTERM),
+                preexec_fn=linux.before_exec(parent_death_signal=signal.SIGTERM),  # noqa: PLW1509  # no threads yet
             )
 
     async def wait_ready(self) -> None:
@@ -160,9 +164,8 @@ class Service:
             supervisor.kill()
             supervisor.wait()
         left = [process for process in everyone if process.lives()]
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while any(process.lives() for process in left) and time.monotonic() < deadline:
-            await asyncio.sleep(POLL_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await until(lambda: _none_lives(left), LEAVE_SECONDS, "the end of what was left behind")
         for process in left:
             process.kill()
         return left
@@ -222,12 +225,13 @@ async def _follow(log_file: Path) -> None:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _environment(data_dir: Path, concurrency: int) -> dict[str, str]:
+def _environment(home: Path, data_dir: Path, concurrency: int) -> dict[str, str]:
     """What this process has, without any setting of a service, and the drill's own settings."""
     settings = config.variables()
     kept = {name: value for name, value in os.environ.items() if name not in settings and not name.startswith("OTEL_")}
     return {
         **kept,
+        "TMPDIR": str(home),
         "PORT": str(ports.free_ports(1)[0]),
         "TASKQUEUE_DATA_DIR": str(data_dir),
         "TASKQUEUE_CONCURRENCY": str(concurrency),

@@ -3,12 +3,10 @@
 `DurableTask` is the base class of every task. In a worker it takes only an id,
 an attempt number and a name from the message; arguments come from the row. What
 happened to the function (an outcome) is kept apart from what it means
-(`lifecycle.decide`) and from what is written (`lifecycle.settle`). From Python,
-`delay`, `apply_async` and `send_task` make the same durable row as the API.
+(`lifecycle.decide`) and from what is written (`lifecycle.settle`).
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import math
@@ -23,14 +21,12 @@ from typing import Any, ClassVar, NoReturn, Protocol
 from uuid import UUID, uuid4
 
 from billiard.common import terminate_handler_fired
-from celery import Celery, Task
-from celery.exceptions import Ignore, NotRegistered, Retry, SoftTimeLimitExceeded
+from celery import Task
+from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
-from pydantic_core import to_jsonable_python
 
 from app import broker, db, lifecycle, publisher
-from app.core import errors, ids, telemetry
-from app.core.config import Settings
+from app.core import errors
 from app.lifecycle import Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, signals
 from app.worker.slots import Running, Slots
@@ -123,126 +119,6 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         if throw:
             raise again from cause
         return again
-
-
-class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
-    """The Celery app, with a durable row behind every way of submitting."""
-
-    task_cls = DurableTask
-
-    def on_configure(self) -> None:
-        """Load the configuration, for a program that imported only a module of tasks."""
-        importlib.import_module("app.celery_app")
-
-    def send_task(  # noqa: PLR0917  # Celery's signature
-        self,
-        name: str,
-        args: Any = None,
-        kwargs: Any = None,
-        countdown: float | None = None,
-        eta: datetime | None = None,
-        task_id: str | None = None,
-        producer: Any = None,
-        connection: Any = None,
-        router: Any = None,
-        result_cls: Any = None,
-        expires: float | datetime | None = None,
-        queue: Any = None,
-        retries: int = 0,
-        time_limit: float | None = None,
-        **options: Any,
-    ) -> AsyncResult:
-        """Submit a catalogued task durably, as `POST /api/tasks/submit` does.
-
-        Args:
-            name: of a task that is registered here.
-            args: positional arguments, checked against the task's signature.
-            kwargs: as `args`.
-            countdown: seconds from now until it is due; or `eta`.
-            eta: when it is due.
-            task_id: a UUID; made here unless given. An id that exists already is not submitted again.
-            producer: ignored, as are `connection`, `router` and `result_cls`: the row is the queue.
-            connection: ignored.
-            router: ignored.
-            result_cls: ignored.
-            expires: seconds from now, or when, after which it must not start any more.
-            queue: a name or a kombu Queue; the task's own unless given.
-            retries: how many of its retries count as spent.
-            time_limit: seconds that one attempt may take; the task's own unless given.
-            options: callbacks, chords and the like are refused; the rest has no meaning here.
-
-        Raises:
-            NotRegistered: if no such task is known here.
-            ValidationFailed: if the arguments don't fit its signature.
-            DatabaseUnavailable: if Postgres is away; the task may be there all the same.
-        """
-        del producer, connection, router, result_cls
-        refused = sorted(option for option in ("link", "link_error", "chord", "chain") if options.get(option))
-        if refused:
-            raise TypeError(f"{name} can't be submitted with {', '.join(refused)}: only single tasks are durable")
-        here = bridge.current()
-        entry = self._entry(name)
-        as_json = _arguments(entry, args, kwargs)
-        new = lifecycle.NewTask(
-            id=UUID(task_id) if task_id else ids.uuid7(),
-            name=name,
-            queue=_queue_name(queue or entry.queue or here.settings.queues[0], here.settings),
-            args=as_json[0],
-            kwargs=as_json[1],
-            max_retries=entry.max_retries,
-            time_limit=entry.time_limit if time_limit is None else time_limit,
-            delay_seconds=countdown or 0.0,
-            due_at=_aware(eta),
-            expires_in_seconds=None if isinstance(expires, datetime) else expires,
-            expires_at=_aware(expires) if isinstance(expires, datetime) else None,
-            traceparent=telemetry.current_traceparent({}),
-            failures=retries,
-        )
-        here.run(_submit(here, new))
-        return self.AsyncResult(str(new.id))
-
-    def _entry(self, name: str) -> Declared:
-        task = self.tasks.get(name)
-        entry: Declared | None = getattr(task, "entry", None)
-        if entry is None:
-            raise NotRegistered(name)
-        return entry
-
-
-celery = DurableCelery("taskqueue", set_as_current=True)
-
-
-async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
-    bell = await lifecycle.submit(here.db, new)
-    if bell is None:
-        return
-    try:
-        await here.broker.publish(bell.queue, [bell])
-    except errors.BrokerUnavailable:
-        # The row is committed; without its stamp the relay publishes it as soon as Redis is back.
-        await lifecycle.unpublish(here.db, [bell])
-
-
-def _arguments(entry: Declared, args: Any, kwargs: Any) -> tuple[str, str]:
-    """The arguments as JSON texts, checked against the signature."""
-    positional, named = (
-        json.dumps(value, allow_nan=False, ensure_ascii=False, default=to_jsonable_python)
-        for value in (list(args or ()), dict(kwargs or {}))
-    )
-    entry.validate_call(json.loads(positional), json.loads(named))
-    return positional, named
-
-
-def _queue_name(queue: Any, settings: Settings) -> str:
-    name = str(getattr(queue, "name", queue))
-    if name not in settings.queues:
-        raise ValueError(f"queue {name!r} is not one of TASKQUEUE_QUEUES")
-    return name
-
-
-def _aware(when: datetime | None) -> datetime | None:
-    """Celery takes a naive time for UTC (`enable_utc`)."""
-    return when.replace(tzinfo=UTC) if when is not None and when.tzinfo is None else when
 
 
 @dataclass(slots=True)

@@ -148,7 +148,7 @@ class Keeper:
         if settled is None:
             return False
         name = type(outcome).__name__.lower()
-        log.warning("task %s attempt %d %s and is now %s", claim.task_id, claim.attempt, name, settled.status)
+        log.warning("task %s attempt %d is now %s (%s)", claim.task_id, claim.attempt, settled.status, name)
         if settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
         return True

@@ -31,6 +31,7 @@ def long_task(x: Annotated[float, Field(ge=0, le=86400)] = 5.0) -> str:
             reported = passed
             task.progress(passed / x, f"{passed:.0f} of {x:g} seconds")
         time.sleep(min(STEP_SECONDS, x - passed))
+    task.progress(1.0, f"{x:g} of {x:g} seconds")
     return f"Worked for {x:g} second{'' if x == 1 else 's'}"
 
 

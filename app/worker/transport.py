@@ -30,6 +30,13 @@ class Channel(redis.Channel):
             log.warning("dropped a message that is not JSON")
             return True
 
+    def _restore(self, message: Any, leftmost: bool = False) -> None:
+        """Put back a message that no child took. If Redis is away, kombu would write it to a file and leave it."""
+        try:
+            super()._restore(message, leftmost)
+        except self.connection_errors:
+            log.info("a message was not put back; its task is found by the search for lost messages")
+
 
 class Transport(redis.Transport):
     """Redis, for messages of this service alone."""

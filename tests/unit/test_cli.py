@@ -57,3 +57,22 @@ def test_config_shows_every_setting_and_no_secret(
 )
 def test_a_value_is_shown_as_it_is_written_without_its_secrets(value: object, text: str) -> None:
     assert cli.shown(value) == text
+
+
+def test_the_api_does_not_start_open_when_keys_are_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {**REQUIRED, "TASKQUEUE_AUTH_MODE": "api-key"}.items():
+        monkeypatch.setenv(variable, value)
+    assert cli.main(["api"]) == 2
+    assert "TASKQUEUE_AUTH_MODE" in capsys.readouterr().err
+
+
+def test_a_task_module_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {**REQUIRED, "TASKQUEUE_TASK_MODULES": "no_such_module"}.items():
+        monkeypatch.setenv(variable, value)
+    assert cli.main(["api"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("taskqueue: TASKQUEUE_TASK_MODULES is wrong: no_such_module")

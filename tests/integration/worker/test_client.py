@@ -69,7 +69,8 @@ def test_every_option_reaches_the_row(running: Service) -> None:
         f"""
         import datetime
         from app.worker.sample_tasks import echo, flaky
-        echo.apply_async(["x"], task_id="{task_id}", countdown=3600, expires=7200, retries=2, queue="default")
+        echo.apply_async(["x"], task_id="{task_id}", countdown=3600, expires=7200, retries=2, queue="default",
+                         webhook_url="http://127.0.0.1:9/hook", tags=["a"], max_retries=7)
         later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
         flaky.apply_async(kwargs={{"failures": 0}}, eta=later, expires=later + datetime.timedelta(hours=1))
         print("{{}}")
@@ -78,6 +79,8 @@ def test_every_option_reaches_the_row(running: Service) -> None:
 
     view = running.view(task_id)
     assert (view["status"], view["failures"], view["queue"]) == ("PENDING", 2, "default")
+    assert (view["tags"], view["max_retries"]) == (["a"], 7)
+    assert view["webhook"]["url"] == "http://127.0.0.1:9/hook"
     assert _hours(view["created_at"], view["run_at"]) == pytest.approx(1.0, abs=0.01)
     assert _hours(view["created_at"], view["expires_at"]) == pytest.approx(2.0, abs=0.01)
 
@@ -163,6 +166,8 @@ def test_what_cannot_run_is_refused_when_it_is_submitted(running: Service) -> No
             "missing": lambda: echo.delay(),
             "queue": lambda: echo.apply_async([1], queue="elsewhere"),
             "link": lambda: echo.apply_async([1], link=echo.s(2)),
+            "option": lambda: echo.apply_async([1], urgency=9),
+            "webhook": lambda: echo.apply_async([1], webhook_url="ftp://example.com/"),
             "not json": lambda: echo.delay(float("nan")),
             "id": lambda: echo.apply_async([1], task_id="seven"),
         }
@@ -182,6 +187,8 @@ def test_what_cannot_run_is_refused_when_it_is_submitted(running: Service) -> No
         "missing": "ValidationFailed",
         "queue": "ValueError",
         "link": "TypeError",
+        "option": "TypeError",
+        "webhook": "ValueError",
         "not json": "ValueError",
         "id": "ValueError",
     }

@@ -239,16 +239,15 @@ def test_a_dead_keeper_is_replaced_and_the_task_that_ran_is_not_disturbed(runnin
 
 
 def test_a_killed_child_is_a_crash_and_its_neighbour_is_not_disturbed(running: Service) -> None:
-    worker = running.process("worker")
-    tasks = [running.submit("sample.sleep", 2.0) for _ in range(2)]
-    for task_id in tasks:
+    victim, neighbour = [running.submit("sample.sleep", 3.0) for _ in range(2)]
+    for task_id in (victim, neighbour):
         running.reaches(task_id, "STARTED")
-    victim, *_ = worker.children()
-    victim.kill()
+    worker = str(_value(running, "SELECT worker FROM task WHERE id = $1", victim))
+    psutil.Process(int(worker.rpartition("/")[2])).kill()
 
-    views = [running.ends(task_id) for task_id in tasks]
-    assert [view["status"] for view in views] == ["SUCCESS", "SUCCESS"]
-    assert sorted(view["attempt"] for view in views) == [1, 2]
+    views = [running.ends(task_id) for task_id in (victim, neighbour)]
+    assert [(view["status"], view["attempt"]) for view in views] == [("SUCCESS", 2), ("SUCCESS", 1)]
+    assert _value(running, "SELECT crashes FROM task WHERE id = $1", victim) == 1
 
 
 def test_a_frozen_process_whose_task_was_taken_over_writes_nothing(running: Service) -> None:

@@ -1,0 +1,192 @@
+"""Submitting from Python: Celery's own calls, with a durable row behind each.
+
+`delay`, `apply_async` and `send_task` write the same row as the API, in this
+process's own connection to Postgres, and push its message. They work in a
+process that was forked, and without Redis.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from celery import Celery
+from celery.exceptions import NotRegistered
+from celery.result import AsyncResult
+from pydantic_core import to_jsonable_python
+
+from app import lifecycle
+from app.core import errors, ids, telemetry
+from app.core.config import Settings
+from app.utils import guard
+from app.worker import bridge
+from app.worker.execution import Declared, DurableTask
+
+MEANINGLESS = frozenset(
+    {
+        "add_to_parent",
+        "compression",
+        "delivery_mode",
+        "group_id",
+        "group_index",
+        "headers",
+        "ignore_result",
+        "origin",
+        "parent_id",
+        "priority",
+        "replaced_task_nesting",
+        "reply_to",
+        "result_cls",
+        "retry",
+        "retry_policy",
+        "root_id",
+        "route_name",
+        "routing_key",
+        "serializer",
+        "shadow",
+        "soft_time_limit",
+        "stamped_headers",
+    }
+)
+"""Options that Celery adds by itself, or that say how a message travels: here it carries no more than an id."""
+
+
+class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
+    """The Celery app, with a durable row behind every way of submitting."""
+
+    task_cls = DurableTask
+
+    def on_configure(self) -> None:
+        """Load the configuration, for a program that imported only a module of tasks."""
+        importlib.import_module("app.celery_app")
+
+    def send_task(  # noqa: PLR0917  # Celery's signature
+        self,
+        name: str,
+        args: Any = None,
+        kwargs: Any = None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        task_id: str | None = None,
+        producer: Any = None,
+        connection: Any = None,
+        router: Any = None,
+        result_cls: Any = None,
+        expires: float | datetime | None = None,
+        queue: Any = None,
+        retries: int = 0,
+        time_limit: float | None = None,
+        max_retries: int | None = None,
+        webhook_url: str | None = None,
+        tags: Sequence[str] = (),
+        **options: Any,
+    ) -> AsyncResult:
+        """Submit a catalogued task durably, as `POST /api/tasks/submit` does.
+
+        Args:
+            name: of a task that is registered here.
+            args: positional arguments, checked against the task's signature.
+            kwargs: as `args`.
+            countdown: seconds from now until it is due; or `eta`.
+            eta: when it is due.
+            task_id: a UUID; made here unless given. An id that exists already is not submitted again.
+            producer: ignored, as are `connection`, `router` and `result_cls`: the row is the queue.
+            connection: ignored.
+            router: ignored.
+            result_cls: ignored.
+            expires: seconds from now, or when, after which it must not start any more.
+            queue: a name or a kombu Queue; the task's own unless given.
+            retries: how many of its retries count as spent.
+            time_limit: seconds that one attempt may take; the task's own unless given.
+            max_retries: runs after a failed first one; the task's own unless given.
+            webhook_url: who is told when it ends.
+            tags: words to find it by.
+            options: what Celery itself adds is ignored; callbacks, chords and anything unknown are refused.
+
+        Raises:
+            NotRegistered: if no such task is known here.
+            ValidationFailed: if the arguments don't fit its signature.
+            ValueError: if the id, the queue or the webhook's URL can't be used.
+            TypeError: if an option is refused.
+            DatabaseUnavailable: if Postgres is away; the task may be there all the same.
+        """
+        del producer, connection, router, result_cls
+        refused = sorted(option for option in options if options[option] and option not in MEANINGLESS)
+        if refused:
+            raise TypeError(f"{name} can't be submitted with {', '.join(refused)}")
+        here = bridge.current()
+        entry = self._entry(name)
+        as_json = _arguments(entry, args, kwargs)
+        new = lifecycle.NewTask(
+            id=UUID(task_id) if task_id else ids.uuid7(),
+            name=name,
+            queue=_queue_name(queue or entry.queue or here.settings.queues[0], here.settings),
+            args=as_json[0],
+            kwargs=as_json[1],
+            tags=tuple(tags),
+            webhook_url=_admitted(webhook_url, here.settings),
+            max_retries=entry.max_retries if max_retries is None else max_retries,
+            time_limit=entry.time_limit if time_limit is None else time_limit,
+            delay_seconds=countdown or 0.0,
+            due_at=_aware(eta),
+            expires_in_seconds=None if isinstance(expires, datetime) else expires,
+            expires_at=_aware(expires) if isinstance(expires, datetime) else None,
+            traceparent=telemetry.current_traceparent({}),
+            failures=retries,
+        )
+        here.run(_submit(here, new))
+        return self.AsyncResult(str(new.id))
+
+    def _entry(self, name: str) -> Declared:
+        task = self.tasks.get(name)
+        entry: Declared | None = getattr(task, "entry", None)
+        if entry is None:
+            raise NotRegistered(name)
+        return entry
+
+
+celery = DurableCelery("taskqueue", set_as_current=True)
+
+
+async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
+    bell = await lifecycle.submit(here.db, new)
+    if bell is None:
+        return
+    try:
+        await here.broker.publish(bell.queue, [bell])
+    except errors.BrokerUnavailable:
+        # The row is committed; without its stamp the relay publishes it as soon as Redis is back.
+        await lifecycle.unpublish(here.db, [bell])
+
+
+def _arguments(entry: Declared, args: Any, kwargs: Any) -> tuple[str, str]:
+    """The arguments as JSON texts, checked against the signature."""
+    positional, named = (
+        json.dumps(value, allow_nan=False, ensure_ascii=False, default=to_jsonable_python)
+        for value in (list(args or ()), dict(kwargs or {}))
+    )
+    entry.validate_call(json.loads(positional), json.loads(named))
+    return positional, named
+
+
+def _admitted(url: str | None, settings: Settings) -> str | None:
+    if url is None:
+        return None
+    try:
+        return guard.admit_url(url, guard.EgressRules.from_settings(settings))
+    except ValueError as refused:
+        raise ValueError(f"webhook_url {refused}") from None
+
+
+def _queue_name(queue: Any, settings: Settings) -> str:
+    name = str(getattr(queue, "name", queue))
+    if name not in settings.queues:
+        raise ValueError(f"queue {name!r} is not one of TASKQUEUE_QUEUES")
+    return name
+
+
+def _aware(when: datetime | None) -> datetime | None:
+    """Celery takes a naive time for UTC (`enable_utc`)."""
+    return when.replace(tzinfo=UTC) if when is not None and when.tzinfo is None else when

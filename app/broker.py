@@ -10,6 +10,7 @@ lost up to ten times; we push again by position instead, when a message is misse
 """
 
 import base64
+import builtins
 import contextlib
 import json
 import math
@@ -24,6 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from app.core import errors
+from app.core.config import TASK_NAME
 
 COMMAND_TIMEOUT_SECONDS = 2.0
 TAIL_DEPTH = 10
@@ -32,8 +34,6 @@ MOST_ATTEMPTS = 2**31 - 2
 """Attempts that a task's row can count."""
 END_OF_LINE = 2**63 - 1
 """The position of the tail of an empty queue: everything that has a message lies below it."""
-BACKSTOP_SECONDS = 30.0
-"""How long after its time limit Celery's own pool kills a task, in case the keeper did not."""
 RESULT_TTL_SECONDS = 3600
 RAW_JSON_MARKER = "taskqueue.json"
 """Kombu type of a JSON text that must reach a client as it is (see `worker.results`)."""
@@ -82,14 +82,15 @@ def envelope(message: Message, queue: str) -> dict[str, Any]:
     Source: Celery, "Message Protocol"; kombu, `transport/virtual/base.py`.
     """
     task_id = str(message.task_id)
-    limit = None if message.time_limit is None else message.time_limit + BACKSTOP_SECONDS
     headers: dict[str, Any] = {
         "lang": "py",
         "task": message.name,
         "id": task_id,
         "root_id": task_id,
         "retries": message.attempt,
-        "timelimit": [limit, None],
+        # Celery's own limits stay off: they would also run while a finished task waits for Postgres.
+        "timelimit": [None, None],
+        "time_limit": message.time_limit,
         # Celery's tracer must store nothing: it would report what one attempt did as the task's end.
         "ignore_result": True,
         "attempt": message.attempt,
@@ -140,7 +141,7 @@ def read(found: object) -> Received:
             name=_name(headers["task"]),
             attempt=_count(headers["attempt"], MOST_ATTEMPTS),
             position=_count(headers["position"], END_OF_LINE),
-            time_limit=_limit(headers.get("timelimit")),
+            time_limit=_limit(headers.get("time_limit")),
             traceparent=traceparent if isinstance(traceparent, str) and len(traceparent) <= _TRACEPARENT else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as bad:
@@ -148,8 +149,8 @@ def read(found: object) -> Received:
 
 
 def _name(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
+    if not isinstance(value, str) or not TASK_NAME.fullmatch(value):
+        raise ValueError
     return value
 
 
@@ -159,10 +160,9 @@ def _count(value: object, most: int) -> int:
     return value
 
 
-def _limit(timelimit: object) -> float | None:
-    hard = timelimit[0] if isinstance(timelimit, list) and timelimit else None
-    if isinstance(hard, int | float) and math.isfinite(hard) and hard > BACKSTOP_SECONDS:
-        return float(hard) - BACKSTOP_SECONDS
+def _limit(seconds: object) -> float | None:
+    if isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0:
+        return float(seconds)
     return None
 
 
@@ -208,20 +208,22 @@ class Broker:
         async with _translated():
             return int(await self._redis.llen(queue))
 
-    async def tail(self, queue: str) -> int | None:
-        """The position of the message that will be consumed next.
+    async def tail(self, queue: str) -> list[Received] | None:
+        """The messages that will be consumed next, as far as they can be read.
 
         Returns:
-            `END_OF_LINE` if the queue is empty; None if nothing near the tail can be read. Raises as `publish`.
+            The readable ones of the last `TAIL_DEPTH`, the next one first; None if the queue is empty.
+            Raises as `publish`.
         """
         async with _translated():
             last = await self._redis.lrange(queue, -TAIL_DEPTH, -1)
         if not last:
-            return END_OF_LINE
+            return None
+        readable = []
         for raw in reversed(last):
             with contextlib.suppress(errors.EnvelopeError):
-                return decode(raw).position
-        return None
+                readable.append(decode(raw))
+        return readable
 
     async def put_result(
         self, task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str
@@ -266,12 +268,15 @@ def encode_meta(task_id: UUID, status: str, *, result: str | None, error_type: s
     elif status == "REVOKED":
         value = _exception("TaskRevokedError", "celery.exceptions", error_message or error_type)
     else:
-        value = _exception(error_type, "builtins", error_message)
+        # Only an ordinary exception of Python's may be raised as itself at the waiter: no SystemExit.
+        known = getattr(builtins, error_type, None)
+        ordinary = isinstance(known, type) and issubclass(known, Exception)
+        value = _exception(error_type, "builtins" if ordinary else None, error_message)
     head = json.dumps({"task_id": str(task_id), "status": status, "traceback": None, "children": []})
     return f'{head[:-1]}, "result": {value}}}'.encode()
 
 
-def _exception(name: str, module: str, message: str) -> str:
+def _exception(name: str, module: str | None, message: str) -> str:
     return json.dumps({"exc_type": name, "exc_message": [message], "exc_module": module})
 
 

@@ -14,18 +14,16 @@ is a real Celery task.
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from app.core import errors
-from app.core.config import QUEUE_NAME, Settings
+from app.core.config import QUEUE_NAME, TASK_NAME, Settings
 from app.parameters import Parameters
 from app.worker import execution, submission
 
-TASK_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,255}")
 MAX_RETRIES_LIMIT = 100
 BUILT_IN_MODULE = "app.worker.tasks"
 SAMPLE_MODULE = "app.worker.sample_tasks"

@@ -6,6 +6,7 @@ and results. The row and its fence do all of that, and each of these has lost or
 repeated somebody's tasks.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from app.worker.slots import Slots
 
 SOCKET_TIMEOUT_SECONDS = 10
 BEAT_SECONDS = 2.0
+KEEPER_SILENCE_SECONDS = 10.0
+"""How long a keeper may not look before it is replaced; a start takes one or two of them."""
 
 log = logging.getLogger(__name__)
 
@@ -100,18 +105,24 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
     def refuse(self, task_id: str, attempt: int, name: str) -> None:
         """Have a task handed back that this worker does not know. A lost line costs one search for lost messages."""
         line = json.dumps({"refuse": {"id": task_id, "attempt": attempt, "name": name}}) + "\n"
-        try:
-            if self._process is not None and self._process.stdin is not None:
-                self._process.stdin.write(line.encode())
-        except (BrokenPipeError, BlockingIOError):
-            log.warning("the keeper did not take a refusal; the search for lost messages will")
+        taken = None
+        if self._process is not None and self._process.stdin is not None:
+            # Shorter than PIPE_BUF, so it goes whole or not at all.
+            with contextlib.suppress(BrokenPipeError):
+                taken = self._process.stdin.write(line.encode())
+        if taken is None:
+            log.warning("the keeper did not take a refusal; the search for lost messages finds its task")
 
     def _ensure(self) -> None:
         if self._process is not None and self._process.poll() is None:
+            if time.monotonic() - _slots().keeper_beat > max(KEEPER_SILENCE_SECONDS, _settings().lease_seconds / 3):
+                log.error("the keeper has not looked for long and is killed")
+                self._process.kill()
             return
         if self._process is not None:
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
-        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd)]
+        _slots().beat()
+        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid())]
         # In a session of its own, so that what is sent to the worker's group leaves it to settle what is left.
         self._process = subprocess.Popen(
             command, pass_fds=[_slots().fd], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -226,7 +237,13 @@ def _keep_logging(**_: Any) -> None:
 
 
 def _start_child(**_: Any) -> None:
-    execution.occupy()
+    try:
+        execution.occupy()
+    except RuntimeError:
+        # Nobody would renew what runs here. Celery swallows what a signal's receiver raises.
+        log.exception("this child has no slot and ends")
+        time.sleep(BEAT_SECONDS)
+        os._exit(1)
 
 
 def _stop_child(**_: Any) -> None:
@@ -242,10 +259,20 @@ def _refuse(sender: Any = None, message: Any = None, name: str = "", **others: A
 
 
 def _turn_cold(how: str = "", **_: Any) -> None:
-    """A warm shutdown lets running tasks end; near the end of the grace it hands back those that still run."""
+    """A warm shutdown lets running tasks end; near the end of the grace it hands back those that still run.
+
+    At the end of the grace the worker is gone, whatever holds it.
+    """
     _slots().announce_stop()
+    later: list[tuple[float, Callable[..., object], tuple[int, ...]]] = [
+        # Where even that does not end it (a child waits for Postgres), its children die with it and the
+        # keeper hands back what they ran.
+        (_settings().grace_seconds, os._exit, (1,)),
+    ]
     if how == "Warm":
-        timer = threading.Timer(_settings().cold_after_seconds, os.kill, (os.getpid(), signal.SIGQUIT))
+        later.append((_settings().cold_after_seconds, os.kill, (os.getpid(), signal.SIGQUIT)))
+    for seconds, work, args in later:
+        timer = threading.Timer(seconds, work, args)
         timer.daemon = True
         timer.start()
 

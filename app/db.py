@@ -24,18 +24,27 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_UNREACHABLE = (
+_AWAY = (
     OSError,  # refused, reset, no route; TimeoutError is one too
-    asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,  # the connection closed under the statement
     asyncpg.InternalClientError,  # the server's farewell was read just before the statement began
-    asyncpg.CannotConnectNowError,  # starting up or shutting down
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
-    asyncpg.ReadOnlySQLTransactionError,  # a standby after a failover
-    asyncpg.DiskFullError,
+    asyncpg.PostgresError,  # all but those that `_refused` knows: starting up, full, cancelled, failed over, …
 )
+_REFUSALS = ("22", "23", "42")
+"""Classes of SQLSTATE that blame the statement or its data: trying again would not help (PostgreSQL, appendix A)."""
+
+
+_NOT_MIGRATED = ("42P01", "42703")
+"""Undefined table and column: the migrations of this release have yet to run."""
+
+
+def _refused(error: BaseException) -> bool:
+    state = (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+    return state.startswith(_REFUSALS) and state not in _NOT_MIGRATED
+
+
+async def _keep_as_it_is(_: Any) -> None:
+    """Statements here change no state of their session, so a connection needs no reset, which is a round trip."""
 
 
 class Database:
@@ -52,8 +61,9 @@ class Database:
         """All rows of one statement.
 
         Raises:
-            DatabaseUnavailable: if Postgres can't be reached or does not answer in time. The statement
-                may have been applied all the same.
+            DatabaseUnavailable: if Postgres can't be reached, can't serve now, or does not answer in time.
+                The statement may have been applied all the same.
+            StatementRefused: if it breaks a constraint, or its data can't be stored. Nothing was applied.
         """
         async with self._connection() as connection:
             return list(await connection.fetch(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS))
@@ -89,17 +99,19 @@ class Database:
         try:
             pool = await self._opened()
             connection = await pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
-        except _UNREACHABLE as away:
+        except _AWAY as away:
             raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(away).__name__})") from away
         try:
             yield connection
-        except _UNREACHABLE as away:
+        except _AWAY as failed:
+            if _refused(failed):
+                raise errors.StatementRefused(f"Postgres refused a statement ({type(failed).__name__})") from failed
             # Whatever state the connection is in, nobody should get it next. The pool may have it back already.
             with contextlib.suppress(asyncpg.InterfaceError):
                 connection.terminate()
-            raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(away).__name__})") from away
+            raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(failed).__name__})") from failed
         finally:
-            with contextlib.suppress(*_UNREACHABLE):
+            with contextlib.suppress(*_AWAY):
                 await pool.release(connection)
 
     async def _opened(self) -> "asyncpg.Pool[Record]":
@@ -111,7 +123,14 @@ class Database:
                     max_size=self._max_connections,
                     max_inactive_connection_lifetime=0,
                     timeout=CONNECT_TIMEOUT_SECONDS,
-                    server_settings={"application_name": self._application_name, "jit": "off"},
+                    reset=_keep_as_it_is,
+                    server_settings={
+                        "application_name": self._application_name,
+                        "jit": "off",
+                        # Every statement has its index. With statistics from before a backlog came or went, the
+                        # planner would rather read the whole table, for each submit.
+                        "enable_seqscan": "off",
+                    },
                 )
             return self._pool
 
@@ -122,6 +141,9 @@ async def insist(operation: Callable[[], Awaitable[T]], *, what: str) -> T:
     A claim, a renewal or a settle must not be given up because Postgres is being
     restarted: the task would be billed for a fault of ours. `operation` must be
     safe to repeat, since a lost answer may hide a statement that was applied.
+
+    Raises:
+        StatementRefused: at once; trying again would not help.
     """
     failures = 0
     while True:
@@ -136,8 +158,7 @@ async def insist(operation: Callable[[], Awaitable[T]], *, what: str) -> T:
 
 async def revision(database: Database) -> str | None:
     """The revision of the tables; None if they were never migrated. Raises as `Database.fetch`."""
-    try:
-        found = await database.fetchval("SELECT version_num FROM alembic_version")
-    except asyncpg.UndefinedTableError:
+    if await database.fetchval("SELECT to_regclass('alembic_version')") is None:
         return None
+    found = await database.fetchval("SELECT version_num FROM alembic_version")
     return None if found is None else str(found)

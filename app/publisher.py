@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 from app import db, lifecycle
 from app.broker import Broker
@@ -61,9 +62,12 @@ class Publisher:
     async def flush(self) -> None:
         """Push everything that was rung so far."""
         while self._bells:
-            batch = [self._bells.popleft() for _ in range(min(BATCH, len(self._bells)))]
+            # They leave the line once they are pushed: if this is cancelled in between, the last flush repeats it.
+            batch = list(islice(self._bells, BATCH))
             for queue in dict.fromkeys(bell.queue for bell in batch):
                 await self._push(queue, [bell for bell in batch if bell.queue == queue])
+            for _ in batch:
+                self._bells.popleft()
 
     async def _push(self, queue: str, bells: Sequence[lifecycle.Bell]) -> None:
         if not self._down:
@@ -95,8 +99,12 @@ class Publisher:
                 self._down = True
 
 
-async def announce_end(broker: Broker, ended: lifecycle.Ended) -> None:
-    """Put a copy of a task's end where Celery's `AsyncResult` looks. Best effort: the row answers if this fails."""
+async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
+    """Put a copy of a task's end where Celery's `AsyncResult` looks. Best effort: the row answers if this fails.
+
+    Returns:
+        Whether Redis took it.
+    """
     error = ended.error
     try:
         await broker.put_result(
@@ -108,3 +116,12 @@ async def announce_end(broker: Broker, ended: lifecycle.Ended) -> None:
         )
     except errors.BrokerUnavailable as away:
         log.warning("the end of task %s is in its row only: %s", ended.task_id, away)
+        return False
+    return True
+
+
+async def announce_ends(broker: Broker, ended: Sequence[lifecycle.Ended]) -> None:
+    """As `announce_end`, for several; with Redis away only the first is tried."""
+    for one in ended:
+        if not await announce_end(broker, one):
+            return

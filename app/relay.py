@@ -13,13 +13,13 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from app import db, delivery, lifecycle, publisher
-from app.broker import Broker
+from app.broker import END_OF_LINE, Broker
 from app.core import errors, metrics, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
@@ -32,7 +32,7 @@ NOTE_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
 BATCH = 500
-EXPORT_SECONDS = 5.0
+EXPORT_SECONDS = 10.0
 DELIVERIES_AT_ONCE = 100
 DELIVERY_LEASE_SECONDS = 60.0
 
@@ -41,9 +41,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Where the tail of a queue was, and when by Postgres's clock."""
+    """Where the tail of a queue was.
+
+    Attributes:
+        taken_at: by Postgres's clock: what was published before can be compared with it.
+        monotonic: by this machine's: how old it is does not depend on anybody's clock being set.
+        position: of the message that was next.
+    """
 
     taken_at: datetime
+    monotonic: float
     position: int
 
 
@@ -66,25 +73,41 @@ class Relay:
         if room <= 0:
             return 0
         bells = await lifecycle.take_due(self.db, queue, limit=min(BATCH, room))
-        await self._push(queue, [bell for bell in bells if not bell.overdue], at_tail=False)
-        await self._push(queue, [bell for bell in bells if bell.overdue], at_tail=True)
+        await self._push(queue, bells)
         return len(bells)
 
     async def note_tail(self, queue: str) -> None:
-        """Note where the tail of a queue is. Without a readable message there is no note."""
+        """Note where the tail of a queue is. Without a message there that can be believed, there is no note."""
         now = await lifecycle.clock(self.db)
-        position = await self.broker.tail(queue)
+        position = await self._tail(queue)
         notes = self.notes.setdefault(queue, deque())
+        if notes and notes[-1].taken_at > now:
+            notes.clear()  # Postgres's clock was set back: what was published since can't be compared with them.
+        monotonic = time.monotonic()
         if position is not None:
-            notes.append(Note(now, position))
+            notes.append(Note(now, monotonic, position))
         # The newest note that is old enough is the one to compare with; what is older has served.
-        while len(notes) > 1 and notes[1].taken_at <= now - timedelta(seconds=self.grace_seconds):
+        while len(notes) > 1 and notes[1].monotonic <= monotonic - self.grace_seconds:
             notes.popleft()
+
+    async def _tail(self, queue: str) -> int | None:
+        """The position that is next in line, as its row says too: a forged one would make the backlog look lost."""
+        messages = await self.broker.tail(queue)
+        if messages is None:
+            metrics.show_oldest(queue, 0.0)
+            return END_OF_LINE
+        places = await lifecycle.places(self.db, [message.task_id for message in messages])
+        for message in messages:
+            place = places.get(message.task_id)
+            if place is not None and place.position == message.position:
+                metrics.show_oldest(queue, place.due_seconds)
+                return place.position
+        return None
 
     async def publish_lost(self, queue: str) -> int:
         """Push again, at the tail, what lies below the tail as it was one grace ago: its message was lost."""
         notes = self.notes.get(queue)
-        if not notes or notes[-1].taken_at - notes[0].taken_at < timedelta(seconds=self.grace_seconds):
+        if not notes or time.monotonic() - notes[0].monotonic < self.grace_seconds:
             return 0
         bells = await lifecycle.take_lost(
             self.db,
@@ -93,7 +116,7 @@ class Relay:
             published_before=notes[0].taken_at,
             limit=BATCH,
         )
-        await self._push(queue, bells, at_tail=True)
+        await self._push(queue, bells)
         if bells:
             log.warning("%d messages of queue %s were lost and are pushed again", len(bells), queue)
         return len(bells)
@@ -103,23 +126,19 @@ class Relay:
         lease = self.settings.lease_seconds
         if self.connected_since is None or time.monotonic() - self.connected_since < lease:
             return 0
-        reaped = 0
+        reaped = []
         for claim, spent in await lifecycle.expired_leases(self.db, queue, lease_seconds=lease, limit=BATCH):
-            transition = lifecycle.decide(spent, lifecycle.Lost())
-            settled = await lifecycle.reap(self.db, claim, transition)
-            if settled is None:
-                continue
-            reaped += 1
-            log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
-            if settled.ended is not None:
-                await publisher.announce_end(self.broker, settled.ended)
-        return reaped
+            settled = await lifecycle.reap(self.db, claim, lifecycle.decide(spent, lifecycle.Lost()))
+            if settled is not None:
+                log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
+                reaped.append(settled)
+        await publisher.announce_ends(self.broker, [one.ended for one in reaped if one.ended is not None])
+        return len(reaped)
 
     async def expire(self, queue: str) -> int:
         """End waiting tasks whose time has passed."""
         ended = await lifecycle.expire(self.db, queue, limit=BATCH)
-        for one in ended:
-            await publisher.announce_end(self.broker, one)
+        await publisher.announce_ends(self.broker, ended)
         return len(ended)
 
     async def deliver(self) -> int:
@@ -146,13 +165,17 @@ class Relay:
             raise
         return len(counts)
 
-    async def _push(self, queue: str, bells: list[lifecycle.Bell], *, at_tail: bool) -> None:
-        if not bells:
-            return
+    async def _push(self, queue: str, bells: list[lifecycle.Bell]) -> None:
+        """Push what was stamped; what could not be pushed has its stamp taken back."""
+        left = list(bells)
         try:
-            await self.broker.publish(queue, bells, at_tail=at_tail)
+            for overdue in (False, True):
+                batch = [bell for bell in bells if bell.overdue is overdue]
+                if batch:
+                    await self.broker.publish(queue, batch, at_tail=overdue)
+                    left = [bell for bell in left if bell.overdue is not overdue]
         except errors.BrokerUnavailable:
-            await lifecycle.unpublish(self.db, bells)
+            await lifecycle.unpublish(self.db, left)
             raise
 
     async def _send(self, claimed: delivery.Claimed) -> None:
@@ -233,13 +256,18 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
             _every(TICK_SECONDS, partial(_publish, relay, queue), f"publishing to {queue}"),
             _every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
             _every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
-            _every(NOTE_SECONDS, partial(relay.expire, queue), f"expiring in {queue}"),
+            _every(NOTE_SECONDS, partial(_expire, relay, queue), f"expiring in {queue}"),
         ]
     return loops
 
 
 async def _publish(relay: Relay, queue: str) -> None:
     while await relay.publish_due(queue) == BATCH:
+        pass
+
+
+async def _expire(relay: Relay, queue: str) -> None:
+    while await relay.expire(queue) == BATCH:
         pass
 
 

@@ -2,7 +2,8 @@
 
     TaskQueueError
     ├── SettingsError             a setting is missing or wrong; the process stops
-    ├── DatabaseUnavailable       Postgres can't be reached, or not within the time allowed
+    ├── DatabaseUnavailable       Postgres can't be reached, or can't serve now
+    ├── StatementRefused          Postgres can't store what it was given
     ├── BrokerUnavailable         Redis can't be reached, or refuses to write
     ├── EnvelopeError             a message that is not one of ours
     ├── TaskDeclarationError      a task that can't be registered as it is written
@@ -36,7 +37,11 @@ class SettingsError(TaskQueueError):
 
 
 class DatabaseUnavailable(TaskQueueError):
-    """Postgres can't be reached, or did not answer in time."""
+    """Postgres can't be reached, can't serve now, or did not answer in time."""
+
+
+class StatementRefused(TaskQueueError):
+    """Postgres refused a statement for what it says: a constraint, or data that it can't hold."""
 
 
 class BrokerUnavailable(TaskQueueError):

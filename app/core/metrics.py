@@ -72,9 +72,23 @@ def show_queue(queue: str, *, depth: int, waiting: int, running: int) -> None:
     _TASKS.labels(queue=queue, state="running").set(running)
 
 
+_OLDEST = Gauge(
+    "taskqueue_queue_oldest_message_age_seconds",
+    "Since when the task that is next in line has been due. Aggregate with max.",
+    ["queue"],
+    registry=REGISTRY,
+)
+
+
+def show_oldest(queue: str, seconds: float) -> None:
+    """Show since when the task that is next in a queue has been due; 0 for an empty queue."""
+    _OLDEST.labels(queue=queue).set(seconds)
+
+
 def hide_queues() -> None:
     """Take the queues' series away: their source does not answer, and a 0 would look like an empty queue."""
     _QUEUE_DEPTH.clear()
+    _OLDEST.clear()
     _TASKS.clear()
 
 

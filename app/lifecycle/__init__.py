@@ -1,17 +1,21 @@
 """THE state machine: the transition table, the pure `decide()`, and every statement on `task`.
 
-`rules` says what an outcome means, `writes` makes it so under a guard, `reads`
-answers questions. Callers use the names here.
+`rules` says what an outcome means; `waiting` and `attempts` make it so, each
+statement under its guard; `reads` answers questions. Callers use the names here.
 """
 
+from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
 from app.lifecycle.reads import (
+    Place,
     QueueCounts,
     TaskView,
     budgets,
     clock,
     expired_leases,
+    places,
     queue_counts,
     result,
+    results,
     status,
     view,
 )
@@ -36,27 +40,8 @@ from app.lifecycle.rules import (
     Transition,
     decide,
 )
-from app.lifecycle.writes import (
-    Bell,
-    Claimed,
-    Ended,
-    Lease,
-    NewTask,
-    Settled,
-    cancel,
-    claim,
-    expire,
-    reap,
-    record_progress,
-    refuse,
-    renew,
-    settle,
-    settle_for,
-    submit,
-    take_due,
-    take_lost,
-    unpublish,
-)
+from app.lifecycle.values import Bell, Claimed, Ended, Lease, NewTask, Settled
+from app.lifecycle.waiting import cancel, expire, refuse, submit, take_due, take_lost, unpublish
 
 __all__ = [
     "CRASH_BUDGET",
@@ -78,6 +63,7 @@ __all__ = [
     "Lost",
     "NewTask",
     "Outcome",
+    "Place",
     "QueueCounts",
     "RetryAsked",
     "Settled",
@@ -92,12 +78,14 @@ __all__ = [
     "decide",
     "expire",
     "expired_leases",
+    "places",
     "queue_counts",
     "reap",
     "record_progress",
     "refuse",
     "renew",
     "result",
+    "results",
     "settle",
     "settle_for",
     "status",

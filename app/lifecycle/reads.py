@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from app.db import Database
+from app.db import Database, Record
 from app.lifecycle.rules import Budgets, Claim, Error
-from app.lifecycle.writes import Ended
+from app.lifecycle.values import Ended, budgets_of, ended_of
 from app.models import TERMINAL, TaskStatus
 
 
@@ -72,21 +72,25 @@ async def status(db: Database, task_id: UUID) -> TaskStatus | None:
     return None if found is None else TaskStatus(found)
 
 
-_RESULT = "SELECT id, status, result, error_type, error_message, error_traceback FROM task WHERE id = $1"
+_RESULTS = """
+SELECT id, status, result, error_type, error_message, error_traceback FROM task WHERE id = ANY($1::uuid[])
+"""
 
 
 async def result(db: Database, task_id: UUID) -> tuple[TaskStatus, Ended | None] | None:
     """A task's status and, if it has ended, how; None if unknown."""
-    row = await db.fetchrow(_RESULT, task_id)
-    if row is None:
-        return None
+    return (await results(db, [task_id])).get(task_id)
+
+
+async def results(db: Database, task_ids: Sequence[UUID]) -> dict[UUID, tuple[TaskStatus, Ended | None]]:
+    """As `result`, for all of these that are known."""
+    rows = await db.fetch(_RESULTS, list(task_ids))
+    return {row["id"]: _status_and_end(row) for row in rows}
+
+
+def _status_and_end(row: Record) -> tuple[TaskStatus, Ended | None]:
     found = TaskStatus(row["status"])
-    if found not in TERMINAL:
-        return found, None
-    error = None
-    if found is not TaskStatus.SUCCESS:
-        error = Error(type=row["error_type"], message=row["error_message"] or "", traceback=row["error_traceback"])
-    return found, Ended(task_id=task_id, status=found, result=row["result"], error=error)
+    return found, ended_of(row) if found in TERMINAL else None
 
 
 # `pg_postmaster_start_time`: leases that ran out while Postgres was away ran out for a fault of ours.
@@ -101,18 +105,7 @@ SELECT id, attempt, token, failures, crashes, losses, max_retries FROM task
 async def expired_leases(db: Database, queue: str, *, lease_seconds: float, limit: int) -> list[tuple[Claim, Budgets]]:
     """Running tasks of a queue whose lease has run out, unless Postgres itself (re)started within a lease."""
     rows = await db.fetch(_EXPIRED_LEASES, queue, lease_seconds, limit)
-    return [
-        (
-            Claim(row["id"], row["attempt"], row["token"]),
-            Budgets(
-                failures=row["failures"],
-                crashes=row["crashes"],
-                losses=row["losses"],
-                max_retries=row["max_retries"],
-            ),
-        )
-        for row in rows
-    ]
+    return [(Claim(row["id"], row["attempt"], row["token"]), budgets_of(row)) for row in rows]
 
 
 async def budgets(db: Database, held: Claim) -> Budgets | None:
@@ -129,24 +122,17 @@ async def budgets(db: Database, held: Claim) -> Budgets | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueCounts:
-    """Unfinished tasks of one queue.
-
-    Attributes:
-        oldest_due_seconds: since when the longest-waiting due task has been due; None if none waits.
-    """
+    """Unfinished tasks of one queue."""
 
     queue: str
     waiting: int
     running: int
-    oldest_due_seconds: float | None
 
 
 _QUEUE_COUNTS = """
 SELECT q.queue,
        (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY')) AS waiting,
-       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running,
-       (SELECT extract(epoch FROM now() - min(run_at))::float8 FROM task t
-         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.run_at <= now()) AS oldest_due_seconds
+       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running
   FROM unnest($1::text[]) AS q (queue)
 """
 
@@ -160,3 +146,28 @@ async def clock(db: Database) -> datetime:
     """Postgres's time, the only one that counts."""
     now: datetime = await db.fetchval("SELECT clock_timestamp()")
     return now
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a waiting task stands in line.
+
+    Attributes:
+        position: of its message.
+        due_seconds: since when it has been due.
+    """
+
+    position: int
+    due_seconds: float
+
+
+_PLACES = """
+SELECT id, position, GREATEST(0, extract(epoch FROM now() - run_at))::float8 AS due_seconds FROM task
+ WHERE id = ANY($1::uuid[]) AND status IN ('PENDING', 'RETRY') AND position IS NOT NULL
+"""
+
+
+async def places(db: Database, task_ids: Sequence[UUID]) -> dict[UUID, Place]:
+    """Where these tasks stand in line; those that don't wait in one are left out."""
+    rows = await db.fetch(_PLACES, list(task_ids))
+    return {row["id"]: Place(row["position"], row["due_seconds"]) for row in rows}

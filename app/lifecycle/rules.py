@@ -2,7 +2,7 @@
 
 Nothing here does I/O. A worker, the keeper or the relay says what happened to
 an attempt (an `Outcome`); `decide()` says what it means (a `Transition`); one
-guarded statement in `writes` makes it so, or finds that somebody else already
+guarded statement in `attempts` makes it so, or finds that somebody else already
 ended the attempt.
 """
 
@@ -186,10 +186,16 @@ def decide(budgets: Budgets, outcome: Outcome) -> Transition:
             return _again_or_end(error, "losses", ends=losses >= LOSS_BUDGET, wait=wait)
 
 
+LONGEST_WAIT_SECONDS = 31_536_000.0
+"""A year: what asks for more, or for infinity, waits that long."""
+
+
 def _again_or_end(error: Error, spends: Budget, *, ends: bool, wait: float) -> Transition:
     if ends:
         return Transition(status=TaskStatus.FAILURE, error=error, spends=spends)
-    return Transition(status=TaskStatus.RETRY, run_in_seconds=max(0.0, wait), error=error, spends=spends)
+    return Transition(
+        status=TaskStatus.RETRY, run_in_seconds=min(max(0.0, wait), LONGEST_WAIT_SECONDS), error=error, spends=spends
+    )
 
 
 __all__ = [

@@ -70,6 +70,7 @@ class Bridge:
 
 _bridge: Bridge | None = None
 _guard = threading.Lock()
+_inherited: list[Bridge | None] = []
 
 
 def current(load: Callable[[], Settings] = config.load) -> Bridge:
@@ -93,6 +94,8 @@ def close() -> None:
 def _forget() -> None:
     """A child inherits neither the thread nor a right to the sockets: it opens its own."""
     global _bridge, _guard  # noqa: PLW0603  # as above
+    # Kept for ever: its finalisers would take the parent's sockets out of the epoll instance that both share.
+    _inherited.append(_bridge)
     _bridge = None
     _guard = threading.Lock()
 

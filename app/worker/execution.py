@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -113,7 +114,8 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         if self.request.called_directly:
             raise cause or RuntimeError("retry() was called outside a worker")
         if eta is not None:
-            countdown = (eta - datetime.now(UTC)).total_seconds()
+            aware = eta if eta.tzinfo is not None else eta.replace(tzinfo=UTC)
+            countdown = (aware - datetime.now(UTC)).total_seconds()
         delay = self.default_retry_delay if countdown is None else countdown
         again = RetryLater(cause, max(0.0, float(delay)), max_retries)
         if throw:
@@ -142,10 +144,10 @@ def attach(slots: Slots) -> None:
 
 
 def occupy() -> None:
-    """Take a slot for this pool child; called once in each, after the fork."""
+    """Take a slot for this pool child; called once in each, after the fork. Raises RuntimeError if there is none."""
     global _slot  # noqa: PLW0603  # one per child
     if _slots is not None:
-        _slot = _slots.occupy(os.getpid())
+        _slot = _slots.occupy()
 
 
 def run_attempt(task: DurableTask) -> None:
@@ -166,6 +168,8 @@ def run_attempt(task: DurableTask) -> None:
         _show(Running(wanted, started=time.monotonic(), limit_seconds=claimed.time_limit or 0.0))
         outcome = _perform(task, claimed)
         signals.hold()
+        # Its time limit ends here: however long the settle waits for Postgres, the task is done.
+        _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
         settled = _settle(claimed, outcome)
         _tell(claimed, outcome, settled)
     finally:
@@ -247,16 +251,32 @@ def _describe(raised: BaseException) -> Error:
     if isinstance(raised, errors.ValidationFailed):
         details = "; ".join(f"{one.pointer}: {one.detail}" for one in raised.errors)
         return Error(type="InvalidArguments", message=details or raised.detail)
-    try:
-        message = str(raised)
-    except Exception:  # noqa: BLE001  # an exception whose __str__ raises is still the task's outcome
-        message = ""
     return Error(
-        type=type(raised).__name__, message=message, traceback="".join(traceback.format_exception(raised, limit=-20))
+        type=type(raised).__name__,
+        message=_attempted(lambda: str(raised)) or "",
+        traceback=_attempted(lambda: "".join(traceback.format_exception(raised, limit=-20))),
     )
 
 
+def _attempted(describe: Callable[[], str]) -> str | None:
+    """What an exception says of itself; None if even that raises. It is the task's outcome all the same."""
+    try:
+        return describe()
+    except Exception:  # noqa: BLE001  # user code may do anything in __str__
+        return None
+
+
 def _settle(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
+    try:
+        return _write(claimed, outcome)
+    except errors.StatementRefused as refused:
+        # What can't be stored ends the task all the same; raised from here it would be run again and again.
+        log.error("the outcome of task %s can't be stored: %s", claimed.claim.task_id, refused)  # noqa: TRY400
+        kind = "ResultNotSerializable" if isinstance(outcome, Succeeded) else "OutcomeNotStorable"
+        return _write(claimed, Failed(Error(type=kind, message=str(refused))))
+
+
+def _write(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
     here = bridge.current()
     transition = lifecycle.decide(claimed.budgets, outcome)
     return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition), what="a settle"))

@@ -25,7 +25,6 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -44,19 +43,17 @@ RENEW_SECONDS = 1.0
 SETTLE_LAST_SECONDS = 10.0
 """How long the keeper stays, after the worker went, to settle what it left behind."""
 
-_HAS_PROC = Path("/proc/self/stat").exists()
-
 log = logging.getLogger("app.worker.keeper")  # also when run as `python -m`
 
 
 def main(argv: list[str]) -> int:
-    """Run beside the worker whose slots are behind file descriptor `argv[0]`, until it is gone."""
+    """Run until the worker is gone: `argv` is the file descriptor of its slots, and its process id."""
     settings = config.load()
     telemetry.configure_logging(settings, "worker")
     # The terminal's Ctrl-C and the pod's SIGTERM mean the worker; the keeper stays until that has ended.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=os.getppid()).run())
+    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1])).run())
     return 0
 
 
@@ -78,10 +75,13 @@ class Keeper:
         renewals = asyncio.create_task(self._renew_forever())
         metrics_server = asyncio.create_task(self._serve_metrics())
         try:
-            while self._worker_lives():
+            # Should one of them end, this keeper is no good any more, and the worker starts another.
+            while self._worker_lives() and not (renewals.done() or commands.done()):
+                self._slots.beat()
                 self._look()
                 await asyncio.sleep(LOOK_SECONDS)
-            await self._settle_the_rest()
+            if not self._worker_lives():
+                await self._settle_the_rest()
         finally:
             for task in (commands, renewals, metrics_server, *self._busy.values()):
                 task.cancel()
@@ -103,7 +103,7 @@ class Keeper:
         busy = sum(slot.running is not None for slot in taken)
         metrics.show_pool(",".join(self._settings.queues), slots=self._settings.concurrency, busy=busy)
         for slot in taken:
-            if not _lives(slot.pid):
+            if not slot.lives():
                 self._start(slot, self._bury(slot))
             elif slot.running is not None and slot.running.overdue():
                 self._start(slot, self._end(slot, slot.running.claim, TimedOut(slot.running.limit_seconds)))
@@ -159,8 +159,9 @@ class Keeper:
                 os.kill(slot.pid, signal.SIGKILL)
 
     async def _renew_forever(self) -> None:
+        seconds = min(RENEW_SECONDS, self._settings.lease_seconds / 6)
         while True:
-            await asyncio.sleep(RENEW_SECONDS)
+            await asyncio.sleep(seconds)
             running = {slot.running.claim: slot for slot in self._slots.all() if slot.running is not None}
             if running:
                 try:
@@ -168,6 +169,8 @@ class Keeper:
                 except errors.DatabaseUnavailable as away:
                     # The tasks go on: whether they were cut off is decided when Postgres answers again.
                     log.warning("leases could not be renewed: %s", away)
+                except Exception:
+                    log.exception("leases could not be renewed")
 
     async def _renew(self, running: dict[Claim, Slot]) -> None:
         leases = await lifecycle.renew(self._db, list(running), lease_seconds=self._settings.lease_seconds)
@@ -197,9 +200,13 @@ class Keeper:
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while line := await reader.readline():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            try:
                 refusal = json.loads(line)["refuse"]
                 await self._refuse(UUID(refusal["id"]), int(refusal["attempt"]), str(refusal["name"]))
+            except Exception:
+                log.exception("a refusal could not be written; the search for lost messages finds its task")
+        # The worker has closed its end; whether it is gone, `_worker_lives` says.
+        await asyncio.Event().wait()
 
     async def _refuse(self, task_id: UUID, attempt: int, name: str) -> None:
         settled = await db.insist(
@@ -211,27 +218,6 @@ class Keeper:
 
 def _started(slot: Slot) -> bool:
     return slot.running is not None and slot.running.started > 0.0
-
-
-def _lives(pid: int) -> bool:
-    """Whether a process runs. One that is dead but not yet waited for does not."""
-    if not _HAS_PROC:
-        return _answers(pid)
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123  # read five times a second
-            return stat.read().rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
-    except OSError:
-        return False
-
-
-def _answers(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ that is missing (Redis was down, flushed, or it is older than an hour) is read
 from the row instead.
 """
 
-import contextlib
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -46,9 +46,8 @@ class RowResultConsumer(ResultConsumer):  # type: ignore[misc]  # Celery ships n
             return
         self._polled = now
         concrete, weak = self.backend._pending_results  # noqa: SLF001  # Celery's own name for who waits
-        for task_id in {*concrete, *weak}:
-            meta = self.backend.row_meta(task_id)
-            if meta is not None and meta["status"] in states.READY_STATES:
+        for meta in self.backend.row_metas([*concrete, *weak]):
+            if meta["status"] in states.READY_STATES:
                 self.on_state_change(meta, None)
 
 
@@ -66,21 +65,23 @@ class RowBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
         meta: dict[str, Any] = super()._get_task_meta_for(task_id)
         if meta["status"] != states.PENDING:
             return meta
-        return self.row_meta(task_id) or meta
+        return next(iter(self.row_metas([task_id])), meta)
 
-    def row_meta(self, task_id: str) -> dict[str, Any] | None:
-        """What the row says, in the shape of this backend; None if there is no row, or no Postgres now."""
-        with contextlib.suppress(ValueError, errors.DatabaseUnavailable):
+    def row_metas(self, task_ids: Sequence[str]) -> list[dict[str, Any]]:
+        """What the rows say, in the shape of this backend. Nothing of those unknown, or without Postgres."""
+        try:
+            wanted = [UUID(task_id) for task_id in task_ids]
             here = bridge.current()
-            found = here.run(lifecycle.result(here.db, UUID(task_id)))
-            if found is None:
-                return None
-            status, ended = found
-            if ended is None:
-                return {"task_id": task_id, "status": str(status), "result": None}
-            meta: dict[str, Any] = self.decode_result(meta_of(ended))
-            return meta
-        return None
+            found = here.run(lifecycle.results(here.db, wanted)) if wanted else {}
+        except (ValueError, errors.DatabaseUnavailable):
+            return []
+        return [self._row_meta(task_id, status, ended) for task_id, (status, ended) in found.items()]
+
+    def _row_meta(self, task_id: UUID, status: str, ended: lifecycle.Ended | None) -> dict[str, Any]:
+        if ended is None:
+            return {"task_id": str(task_id), "status": str(status), "result": None}
+        meta: dict[str, Any] = self.decode_result(meta_of(ended))
+        return meta
 
 
 def meta_of(ended: lifecycle.Ended) -> bytes:

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
 from app.lifecycle import Claim
@@ -27,7 +28,10 @@ from app.lifecycle import Claim
 _HEADER = 64
 _SLOT = 128
 _ORDER_OFFSET = 96
-_RECORD = struct.Struct("<q16sq16sdd")  # pid, task id, attempt, token, started, limit
+_RECORD = struct.Struct("<qq16sq16sdd")  # pid, born, task id, attempt, token, started, limit
+_BEAT = struct.Struct("<d")
+_BEAT_OFFSET = 8
+_HAS_PROC = Path("/proc/self/stat").exists()
 _SUM = struct.Struct("<I")
 _NOBODY = bytes(16)
 
@@ -54,11 +58,45 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A slot as it was read: whose it is, and what runs there (None: the child is idle)."""
+    """A slot as it was read.
+
+    Attributes:
+        index: which.
+        pid: of the child that has it.
+        born: when that child was started, in the kernel's own units: a pid alone may be somebody else's by now.
+        running: what runs there; None: the child is idle.
+    """
 
     index: int
     pid: int
+    born: int
     running: Running | None
+
+    def lives(self) -> bool:
+        """Whether the child runs. One that is dead but not yet waited for does not."""
+        if not _HAS_PROC:
+            return _answers(self.pid)
+        state, born = _look_up(self.pid)
+        return state not in {"", "Z", "X"} and born == self.born
+
+
+def _look_up(pid: int) -> tuple[str, int]:
+    """A process's state and start time (proc(5), `/proc/pid/stat`); ("", 0) if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return "", 0
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 class Slots:
@@ -67,6 +105,7 @@ class Slots:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._memory = mmap.mmap(fd, 0)
+        self._who = 0, 0
         self.count = (len(self._memory) - _HEADER) // _SLOT
 
     @classmethod
@@ -85,8 +124,18 @@ class Slots:
         """Say that the worker is shutting down."""
         self._memory[0] = 1
 
-    def occupy(self, pid: int) -> int:
-        """Take a free slot for a child; returns its index.
+    @property
+    def keeper_beat(self) -> float:
+        """When the keeper last looked, on the monotonic clock (seconds)."""
+        found: float = _BEAT.unpack_from(self._memory, _BEAT_OFFSET)[0]
+        return found
+
+    def beat(self) -> None:
+        """Say that the keeper looks."""
+        _BEAT.pack_into(self._memory, _BEAT_OFFSET, time.monotonic())
+
+    def occupy(self) -> int:
+        """Take a free slot for this process; returns its index.
 
         Raises:
             RuntimeError: if there is none, because nobody has cleared away the dead for long.
@@ -94,17 +143,17 @@ class Slots:
         with self._locked():
             for index in range(self.count):
                 if self.read(index) is None:
-                    self._write(index, pid, None)
+                    self._write(index, None)
                     return index
         raise RuntimeError("no free slot: the keeper is not clearing the dead away")
 
     def show(self, index: int, running: Running) -> None:
         """Show what this process runs."""
-        self._write(index, os.getpid(), running)
+        self._write(index, running)
 
     def clear(self, index: int) -> None:
         """Show that this process is idle."""
-        self._write(index, os.getpid(), None)
+        self._write(index, None)
 
     def free(self, index: int) -> None:
         """Give a dead child's slot to whoever comes next."""
@@ -118,14 +167,14 @@ class Slots:
         for _ in range(100):
             raw = bytes(self._memory[offset : offset + _RECORD.size + _SUM.size])
             record = raw[: _RECORD.size]
-            pid, task_id, attempt, token, started, limit = _RECORD.unpack(record)
+            pid, born, task_id, attempt, token, started, limit = _RECORD.unpack(record)
             if pid == 0 and not any(raw):
                 return None
             if _SUM.unpack(raw[_RECORD.size :])[0] == zlib.crc32(record):
                 if task_id == _NOBODY:
-                    return Slot(index, pid, None)
+                    return Slot(index, pid, born, None)
                 claim = Claim(UUID(bytes=task_id), attempt, UUID(bytes=token))
-                return Slot(index, pid, Running(claim, started, limit))
+                return Slot(index, pid, born, Running(claim, started, limit))
         return None
 
     def all(self) -> list[Slot]:
@@ -148,16 +197,23 @@ class Slots:
         offset = _HEADER + index * _SLOT + _ORDER_OFFSET
         return bytes(self._memory[offset : offset + 16]) == claim.token.bytes
 
-    def _write(self, index: int, pid: int, running: Running | None) -> None:
+    def _write(self, index: int, running: Running | None) -> None:
+        who = os.getpid(), self._born()
         if running is None:
-            record = _RECORD.pack(pid, _NOBODY, 0, _NOBODY, 0.0, 0.0)
+            record = _RECORD.pack(*who, _NOBODY, 0, _NOBODY, 0.0, 0.0)
         else:
             claim = running.claim
             record = _RECORD.pack(
-                pid, claim.task_id.bytes, claim.attempt, claim.token.bytes, running.started, running.limit_seconds
+                *who, claim.task_id.bytes, claim.attempt, claim.token.bytes, running.started, running.limit_seconds
             )
         offset = _HEADER + index * _SLOT
         self._memory[offset : offset + _RECORD.size + _SUM.size] = record + _SUM.pack(zlib.crc32(record))
+
+    def _born(self) -> int:
+        pid = os.getpid()
+        if self._who[0] != pid:
+            self._who = pid, _look_up(pid)[1]
+        return self._who[1]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ process's own connection to Postgres, and push its message. They work in a
 process that was forked, and without Redis.
 """
 
+import contextlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -23,6 +24,10 @@ from app.core.config import Settings
 from app.utils import guard
 from app.worker import bridge
 from app.worker.execution import Declared, DurableTask
+
+MAX_RETRIES = 100
+DAY_SECONDS = 86_400
+YEAR_SECONDS = 31_536_000
 
 MEANINGLESS = frozenset(
     {
@@ -108,7 +113,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
         Raises:
             NotRegistered: if no such task is known here.
             ValidationFailed: if the arguments don't fit its signature.
-            ValueError: if the id, the queue or the webhook's URL can't be used.
+            ValueError: if the id, the queue, the webhook's URL or a number can't be used.
             TypeError: if an option is refused.
             DatabaseUnavailable: if Postgres is away; the task may be there all the same.
         """
@@ -136,6 +141,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             traceparent=telemetry.current_traceparent({}),
             failures=retries,
         )
+        _check(new)
         here.run(_submit(here, new))
         return self.AsyncResult(str(new.id))
 
@@ -157,8 +163,10 @@ async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
     try:
         await here.broker.publish(bell.queue, [bell])
     except errors.BrokerUnavailable:
-        # The row is committed; without its stamp the relay publishes it as soon as Redis is back.
-        await lifecycle.unpublish(here.db, [bell])
+        # The row is committed: whatever happens from here on is no error of the submit. Without its stamp the
+        # relay publishes it as soon as Redis is back, with it a grace later.
+        with contextlib.suppress(errors.DatabaseUnavailable):
+            await lifecycle.unpublish(here.db, [bell])
 
 
 def _arguments(entry: Declared, args: Any, kwargs: Any) -> tuple[str, str]:
@@ -178,6 +186,20 @@ def _admitted(url: str | None, settings: Settings) -> str | None:
         return guard.admit_url(url, guard.EgressRules.from_settings(settings))
     except ValueError as refused:
         raise ValueError(f"webhook_url {refused}") from None
+
+
+def _check(new: lifecycle.NewTask) -> None:
+    """The bounds that `schemas` sets for HTTP. Raises ValueError."""
+    if not 0 <= new.max_retries <= MAX_RETRIES:
+        raise ValueError(f"max_retries must be 0 to {MAX_RETRIES}")
+    if not 0 <= new.failures <= new.max_retries:
+        raise ValueError("retries must be 0 to max_retries")
+    if new.time_limit is not None and not 0 < new.time_limit <= DAY_SECONDS:
+        raise ValueError(f"time_limit must be more than 0 and at most {DAY_SECONDS} seconds")
+    if not -YEAR_SECONDS <= new.delay_seconds <= YEAR_SECONDS:
+        raise ValueError(f"countdown must be at most {YEAR_SECONDS} seconds")
+    if new.expires_in_seconds is not None and not -YEAR_SECONDS <= new.expires_in_seconds <= YEAR_SECONDS:
+        raise ValueError(f"expires must be at most {YEAR_SECONDS} seconds")
 
 
 def _queue_name(queue: Any, settings: Settings) -> str:

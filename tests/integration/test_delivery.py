@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from app import delivery
+from app.core import errors
 from app.db import Database
 from app.models import DeliveryStatus
 from app.utils.webhook import Outcome, Receipt
@@ -104,7 +105,7 @@ async def test_a_task_without_a_webhook_or_not_at_its_end_leaves_none(db: Databa
 
 async def test_a_second_end_of_a_task_is_seen(db: Database) -> None:
     task_id = await ended(db)
-    with pytest.raises(asyncpg.UniqueViolationError):
+    with pytest.raises(errors.StatementRefused, match="UniqueViolationError"):
         await end(db, task_id, status="FAILURE")
     assert await db.fetchval("SELECT status FROM task WHERE id = $1", task_id) == "SUCCESS"
 

@@ -35,7 +35,7 @@ def what_celery_makes(bell: lifecycle.Bell) -> dict[str, Any]:
         str(bell.task_id),
         bell.name,
         retries=bell.attempt,
-        time_limit=90.0,
+        time_limit=60.0,
         root_id=str(bell.task_id),
         ignore_result=True,
     )
@@ -55,9 +55,10 @@ def test_the_envelope_is_what_celery_itself_makes_less_what_we_do_not_say() -> N
     assert {key: ours[key] for key in ("content-type", "content-encoding")} == {
         key: theirs[key] for key in ("content-type", "content-encoding")
     }
-    for header in ("lang", "task", "id", "root_id", "retries", "timelimit", "ignore_result"):
+    for header in ("lang", "task", "id", "root_id", "retries", "ignore_result"):
         assert ours["headers"][header] == theirs["headers"][header], header
-    assert set(ours["headers"]) - set(theirs["headers"]) == {"attempt", "position", "traceparent"}
+    assert set(ours["headers"]) - set(theirs["headers"]) == {"attempt", "position", "time_limit", "traceparent"}
+    assert ours["headers"]["timelimit"] == [None, None], "the keeper ends what runs too long"
     assert set(ours["properties"]) <= set(theirs["properties"])
     for name in ("correlation_id", "delivery_info", "body_encoding", "priority"):
         assert ours["properties"][name] == theirs["properties"][name], name
@@ -79,7 +80,7 @@ def test_every_message_has_a_delivery_tag_of_its_own() -> None:
 def test_a_task_without_a_limit_has_none_in_its_envelope() -> None:
     headers = json.loads(broker.encode(replace(BELL, time_limit=None, traceparent=None), "q"))["headers"]
 
-    assert headers["timelimit"] == [None, None]
+    assert headers["time_limit"] is None
     assert "traceparent" not in headers
 
 
@@ -102,11 +103,12 @@ def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
     forged = json.loads(broker.encode(BELL, "reports"))
     forged["body"] = base64.b64encode(b'[[], {}, {"callbacks": [{"task": "sample.crash"}]}]').decode()
     forged["headers"] |= {"eta": "2999-01-01", "ignore_result": False, "group": "g", "traceparent": "x" * 65}
-    forged["headers"]["timelimit"] = ["soon"]
+    forged["headers"] |= {"time_limit": "soon", "timelimit": [0.1, 0.1]}
 
     received = broker.read(forged)
 
     assert received.time_limit is None
+    assert broker.envelope(received, "reports")["headers"]["timelimit"] == [None, None]
     assert received.traceparent is None
     assert set(broker.envelope(received, "reports")["headers"]) == {
         *json.loads(broker.encode(replace(BELL, traceparent=None), "reports"))["headers"]
@@ -126,6 +128,10 @@ def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
         b"[" * 100_000,
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":"77"'),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":-1'),
+        broker.encode(replace(BELL, name="a\x00b"), "q"),
+        broker.encode(replace(BELL, name="\ud800"), "q"),
+        broker.encode(replace(BELL, name="x" * 256), "q"),
+        broker.encode(replace(BELL, name=""), "q"),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":true'),
         broker.encode(BELL, "q").replace(b'"attempt":2', b'"attempt":1e3'),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":99999999999999999999'),
@@ -163,3 +169,5 @@ def test_the_end_of_a_task_is_what_celery_s_backend_reads() -> None:
     revoked = loads(broker.encode_meta(BELL.task_id, "REVOKED", result=None, error_type="Cancelled", error_message=""))
     assert revoked["result"]["exc_type"] == "TaskRevokedError"
     assert revoked["result"]["exc_message"] == ["Cancelled"]
+    left = loads(broker.encode_meta(BELL.task_id, "FAILURE", result=None, error_type="SystemExit", error_message="3"))
+    assert left["result"]["exc_module"] is None, "it must not end the process that waits"

@@ -1,11 +1,12 @@
 import multiprocessing
 import os
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
 
 from app.lifecycle import Claim
-from app.worker.slots import Running, Slot, Slots
+from app.worker.slots import Running, Slots
 
 
 def running(started: float = 1.5, limit: float = 0.0) -> Running:
@@ -15,14 +16,15 @@ def running(started: float = 1.5, limit: float = 0.0) -> Running:
 def test_what_a_child_shows_is_read_by_whoever_shares_the_memory() -> None:
     slots = Slots.create(concurrency=2)
     beside = Slots(os.dup(slots.fd))
-    index = slots.occupy(os.getpid())
-    assert beside.all() == [Slot(index, os.getpid(), None)]
+    index = slots.occupy()
+    [idle] = beside.all()
+    assert (idle.index, idle.pid, idle.running) == (index, os.getpid(), None)
 
     shown = running(limit=2.5)
     slots.show(index, shown)
-    assert beside.all() == [Slot(index, os.getpid(), shown)]
+    assert beside.all() == [replace(idle, running=shown)]
     slots.clear(index)
-    assert beside.all() == [Slot(index, os.getpid(), None)]
+    assert beside.all() == [idle]
     beside.free(index)
     assert slots.all() == []
 
@@ -30,16 +32,16 @@ def test_what_a_child_shows_is_read_by_whoever_shares_the_memory() -> None:
 def test_each_child_has_a_slot_of_its_own_until_there_are_none() -> None:
     slots = Slots.create(concurrency=1)
 
-    assert [slots.occupy(1000 + n) for n in range(slots.count)] == list(range(slots.count))
+    assert [slots.occupy() for _ in range(slots.count)] == list(range(slots.count))
     with pytest.raises(RuntimeError, match="no free slot"):
-        slots.occupy(1)
+        slots.occupy()
     slots.free(3)
-    assert slots.occupy(1) == 3
+    assert slots.occupy() == 3
 
 
 def test_a_slot_that_is_being_written_is_not_read_half() -> None:
     slots = Slots.create(concurrency=1)
-    index = slots.occupy(os.getpid())
+    index = slots.occupy()
     slots.show(index, running())
     slots._memory[70] ^= 0xFF
 
@@ -48,7 +50,7 @@ def test_a_slot_that_is_being_written_is_not_read_half() -> None:
 
 def test_a_kill_is_allowed_only_while_the_child_shows_the_attempt() -> None:
     slots = Slots.create(concurrency=1)
-    index = slots.occupy(os.getpid())
+    index = slots.occupy()
     first, second = running(), running()
 
     slots.show(index, first)
@@ -82,4 +84,14 @@ def test_children_that_start_at_once_take_different_slots() -> None:
 
 
 def _occupy(slots: Slots) -> None:
-    slots.occupy(os.getpid())
+    slots.occupy()
+
+
+def test_a_process_that_has_the_pid_of_a_dead_child_is_not_taken_for_it() -> None:
+    slots = Slots.create(concurrency=1)
+    slots.occupy()
+    [mine] = slots.all()
+
+    assert mine.lives()
+    assert not replace(mine, born=mine.born - 1).lives()
+    assert not replace(mine, pid=2**22 + 1).lives()

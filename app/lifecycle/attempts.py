@@ -1,0 +1,193 @@
+"""Every statement on an attempt: its claim, its lease, and its end.
+
+Each carries its guard, the fence of attempt and token; zero rows means that the
+attempt was superseded. All times are Postgres's own `now()`: no clock of ours
+decides anything.
+"""
+
+from collections.abc import Sequence
+
+from app import delivery
+from app.db import Database
+from app.lifecycle.rules import Claim, Transition
+from app.lifecycle.values import Claimed, Lease, Settled, budgets_of, settled_of
+
+EARLY_CLAIM_SECONDS = 1.0
+"""How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
+
+# A claim need not be durable: if Postgres dies before it is, the row is as it was, and the random
+# token keeps the forgotten claimant from writing. A claim repeated with its own token succeeds,
+# which also heals a lost answer.
+_CLAIM = """
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE task
+   SET status = 'STARTED', attempt = $3 + 1, token = $4, worker = $5, started_at = now(),
+       lease_until = now() + make_interval(secs => $6)
+  FROM quick
+ WHERE id = $1 AND name = $2 AND NOT cancel_requested
+   AND (status IN ('PENDING', 'RETRY') AND attempt = $3
+            AND run_at <= now() + make_interval(secs => $7)
+            AND (expires_at IS NULL OR expires_at > now())
+        OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)
+RETURNING queue, args, kwargs, failures, crashes, losses, max_retries, time_limit, traceparent,
+          GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds
+"""
+
+
+async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_seconds: float) -> Claimed | None:
+    """Start attempt `wanted.attempt` of a waiting task.
+
+    The name is part of the guard: a forged message must not run a row under
+    another task's code. Safe to repeat with the same token.
+
+    Returns:
+        What to run; None if the message was a duplicate, stale, early, or its task is cancelled,
+        expired or unknown.
+    """
+    row = await db.fetchrow(
+        _CLAIM,
+        wanted.task_id,
+        name,
+        wanted.attempt - 1,
+        wanted.token,
+        worker,
+        lease_seconds,
+        EARLY_CLAIM_SECONDS,
+    )
+    if row is None:
+        return None
+    return Claimed(
+        claim=wanted,
+        name=name,
+        queue=row["queue"],
+        args=row["args"],
+        kwargs=row["kwargs"],
+        budgets=budgets_of(row),
+        time_limit=row["time_limit"],
+        traceparent=row["traceparent"],
+        waited_seconds=row["waited_seconds"],
+    )
+
+
+# `mine` reports what was asked for, whether or not the row still agrees. Leases are only pushed out
+# once a third of them is used, so that asking every second does not write every second. Rows are
+# locked in the order of their ids, so that two statements over the same rows can't deadlock.
+_RENEW = """
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+mine AS (
+    SELECT * FROM unnest($1::uuid[], $2::int[], $3::uuid[]) AS m (id, attempt, token)
+), due AS (
+    SELECT t.id FROM task t JOIN mine m USING (id), quick
+     WHERE t.attempt = m.attempt AND t.token = m.token AND t.status = 'STARTED'
+       AND t.lease_until < now() + make_interval(secs => $4 * 2 / 3)
+     ORDER BY t.id FOR UPDATE OF t
+), renewed AS (
+    UPDATE task t SET lease_until = now() + make_interval(secs => $4) FROM due WHERE t.id = due.id
+)
+SELECT m.id, m.attempt, m.token, t.id IS NOT NULL AS held, COALESCE(t.cancel_requested, false) AS cancel_requested
+  FROM mine m
+  LEFT JOIN task t ON t.id = m.id AND t.attempt = m.attempt AND t.token = m.token AND t.status = 'STARTED'
+"""
+
+
+async def renew(db: Database, claims: Sequence[Claim], *, lease_seconds: float) -> list[Lease]:
+    """Push out the leases of `claims` where a third of one is used, and hear which of them still hold."""
+    rows = await db.fetch(
+        _RENEW,
+        [held.task_id for held in claims],
+        [held.attempt for held in claims],
+        [held.token for held in claims],
+        lease_seconds,
+    )
+    return [Lease(Claim(row["id"], row["attempt"], row["token"]), row["held"], row["cancel_requested"]) for row in rows]
+
+
+# The one statement that ends an attempt. A cancelled task's retry or release becomes its end. A release
+# keeps the task's place in line; a retry gives it up. The token stays when the claimant itself writes,
+# so that it can tell, after a lost answer, its own hand from another's.
+_SETTLE = f"""
+WITH moved AS (
+    UPDATE task
+       SET status = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE $4 END,
+           result = $5::json,
+           error_type = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'Cancelled'
+                             WHEN $4 = 'PENDING' THEN error_type ELSE $6 END,
+           error_message = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'The task was cancelled'
+                                WHEN $4 = 'PENDING' THEN error_message ELSE $7 END,
+           error_traceback = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN NULL
+                                  WHEN $4 = 'PENDING' THEN error_traceback ELSE $8 END,
+           run_at = CASE WHEN $4 IN ('PENDING', 'RETRY') THEN now() + make_interval(secs => $9) ELSE run_at END,
+           finished_at = CASE WHEN cancel_requested OR $4 NOT IN ('PENDING', 'RETRY') THEN now() END,
+           lease_until = NULL, published_at = NULL,
+           position = CASE WHEN $4 = 'PENDING' THEN position END,
+           failures = failures + ($10 = 'failures')::int,
+           crashes = crashes + ($10 = 'crashes')::int,
+           losses = losses + ($10 = 'losses')::int,
+           token = CASE WHEN $11 THEN token END
+     WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED' AND (NOT $12 OR lease_until < now())
+    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
+), hook AS ({delivery.intend("moved")})
+SELECT * FROM moved
+"""
+
+_MY_OWN_HAND = """
+SELECT id, status, result, error_type, error_message, error_traceback, finished_at FROM task
+ WHERE id = $1 AND attempt = $2 AND token = $3 AND status <> 'STARTED'
+"""
+
+
+async def settle(db: Database, held: Claim, transition: Transition) -> Settled | None:
+    """Write what became of the attempt that this process ran. Durable when it returns; safe to repeat.
+
+    Returns:
+        Where the task went; None if the claim was superseded, and nothing was written.
+    """
+    return await _settle(db, held, transition, own_hand=True, only_expired=False)
+
+
+async def settle_for(db: Database, held: Claim, transition: Transition) -> Settled | None:
+    """As `settle`, on behalf of a process that is dead or will not answer: it can't settle any more."""
+    return await _settle(db, held, transition, own_hand=False, only_expired=False)
+
+
+async def reap(db: Database, held: Claim, transition: Transition) -> Settled | None:
+    """As `settle_for`, but only if the lease has run out by Postgres's clock."""
+    return await _settle(db, held, transition, own_hand=False, only_expired=True)
+
+
+async def _settle(
+    db: Database, held: Claim, transition: Transition, *, own_hand: bool, only_expired: bool
+) -> Settled | None:
+    error = transition.error
+    row = await db.fetchrow(
+        _SETTLE,
+        held.task_id,
+        held.attempt,
+        held.token,
+        str(transition.status),
+        transition.result,
+        error.type if error else None,
+        error.message if error else None,
+        error.traceback if error else None,
+        transition.run_in_seconds,
+        transition.spends or "none",
+        own_hand,
+        only_expired,
+    )
+    if row is None and own_hand:
+        # A first copy of this statement may have been applied without an answer. Only a statement of its own,
+        # with a new snapshot, sees what that copy wrote while this one waited for its lock.
+        row = await db.fetchrow(_MY_OWN_HAND, held.task_id, held.attempt, held.token)
+    return None if row is None else settled_of(row)
+
+
+_PROGRESS = """
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE task SET progress = $4, progress_message = $5 FROM quick
+ WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED'
+"""
+
+
+async def record_progress(db: Database, held: Claim, fraction: float, message: str | None) -> None:
+    """Show how far an attempt is: a fraction from 0 to 1. Not durable, and dropped if superseded."""
+    await db.execute(_PROGRESS, held.task_id, held.attempt, held.token, fraction, message)

@@ -1,0 +1,139 @@
+"""What travels in and out of the state machine."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from app.db import Record
+from app.lifecycle.rules import Budgets, Claim, Error
+from app.models import TaskStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTask:
+    """A task to be submitted. JSON travels as text, so that nothing is parsed twice.
+
+    Attributes:
+        id: a UUIDv7, made by whoever submits.
+        args: a JSON array.
+        kwargs: a JSON object.
+        delay_seconds: from now until it is due; ignored when `due_at` is set.
+        due_at: when it is due, with a time zone.
+        expires_in_seconds: from now until it is not worth running any more; or `expires_at`.
+        time_limit: seconds that one attempt may take.
+        failures: what it has spent already of `max_retries`, as Celery's `apply_async(retries=…)` says.
+    """
+
+    id: UUID
+    name: str
+    queue: str
+    args: str = "[]"
+    kwargs: str = "{}"
+    tags: tuple[str, ...] = ()
+    webhook_url: str | None = None
+    max_retries: int = 3
+    time_limit: float | None = None
+    delay_seconds: float = 0.0
+    due_at: datetime | None = None
+    expires_in_seconds: float | None = None
+    expires_at: datetime | None = None
+    traceparent: str | None = None
+    rerun_of: UUID | None = None
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bell:
+    """A message to push, for a row that was just stamped as published.
+
+    Attributes:
+        position: its place in line.
+        overdue: it has been in line before, so it is pushed at the tail, where it is next.
+    """
+
+    task_id: UUID
+    name: str
+    queue: str
+    attempt: int
+    position: int
+    time_limit: float | None = None
+    traceparent: str | None = None
+    overdue: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A task that this process may run, until its lease ends.
+
+    Attributes:
+        args: JSON text of an array.
+        kwargs: JSON text of an object.
+        waited_seconds: from being due to this claim.
+    """
+
+    claim: Claim
+    name: str
+    queue: str
+    args: str
+    kwargs: str
+    budgets: Budgets
+    time_limit: float | None
+    traceparent: str | None
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a task ended: what waiters and Celery's result backend hear.
+
+    Attributes:
+        result: JSON text; None unless it succeeded.
+    """
+
+    task_id: UUID
+    status: TaskStatus
+    result: str | None
+    error: Error | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A transition that was written.
+
+    Attributes:
+        status: where the task went; a task whose cancel was asked for goes nowhere but REVOKED.
+        ended: set if that is its end.
+    """
+
+    status: TaskStatus
+    ended: Ended | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What a renewal found: whether the claim still holds, and whether its task is to be cancelled."""
+
+    claim: Claim
+    held: bool
+    cancel_requested: bool
+
+
+def budgets_of(row: Record) -> Budgets:
+    """What a row has spent."""
+    return Budgets(
+        failures=row["failures"], crashes=row["crashes"], losses=row["losses"], max_retries=row["max_retries"]
+    )
+
+
+def ended_of(row: Record) -> Ended:
+    """How the task of a row ended."""
+    error = None
+    # What failed attempts said stays in the row of a task that succeeds; it is not its end.
+    if row["error_type"] is not None and row["status"] != "SUCCESS":
+        error = Error(type=row["error_type"], message=row["error_message"] or "", traceback=row["error_traceback"])
+    return Ended(task_id=row["id"], status=TaskStatus(row["status"]), result=row["result"], error=error)
+
+
+def settled_of(row: Record) -> Settled:
+    """What a statement has made of a row."""
+    return Settled(status=TaskStatus(row["status"]), ended=ended_of(row) if row["finished_at"] else None)

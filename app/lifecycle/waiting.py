@@ -1,0 +1,254 @@
+"""Every statement that moves a task that waits: into the line, through it, and out of it.
+
+Each carries its guard; zero rows is an answer, not an error. All times are
+Postgres's own `now()`. Every statement that ends a task also writes the intent
+to notify (`delivery.intend`), so the two happen together or not at all.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from app import delivery
+from app.db import Database, Record
+from app.lifecycle import rules
+from app.lifecycle.values import Bell, Ended, NewTask, Settled, ended_of, settled_of
+
+# `held_back`: rows of this queue that were never pushed. While there are any, new ones go to the
+# relay as well, so that nobody overtakes.
+_SUBMIT = """
+WITH due AS (
+    SELECT COALESCE($13::timestamptz, now() + make_interval(secs => $12::float8)) AS run_at
+), publish AS (
+    SELECT run_at <= now() AS now_due,
+           NOT $16 AND (
+               SELECT position FROM task
+                WHERE queue = $3 AND status IN ('PENDING', 'RETRY') AND attempt = 0
+                  AND published_at IS NULL AND position IS NOT NULL
+                ORDER BY queue, position LIMIT 1) IS NULL AS may_push
+      FROM due
+)
+INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, max_retries, time_limit, traceparent,
+                  rerun_of, failures,
+                  run_at, expires_at, position, published_at)
+SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17,
+       due.run_at,
+       COALESCE($15::timestamptz, now() + make_interval(secs => $14::float8)),
+       CASE WHEN now_due THEN nextval('task_position') END,
+       CASE WHEN now_due AND may_push THEN now() END
+  FROM due, publish
+ON CONFLICT (id) DO NOTHING
+RETURNING published_at IS NOT NULL AS stamped, position
+"""
+
+
+async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell | None:
+    """Insert a task. It is durable when this returns.
+
+    Args:
+        db: where to.
+        new: the task.
+        hold_back: leave its message to the relay, because Redis is away or full.
+
+    Returns:
+        The message to push now, or None if the relay will push it: it is not due, or held back,
+        or a task of this id is there already (then nothing was written).
+    """
+    row = await db.fetchrow(
+        _SUBMIT,
+        new.id,
+        new.name,
+        new.queue,
+        new.args,
+        new.kwargs,
+        list(new.tags),
+        new.webhook_url,
+        new.max_retries,
+        new.time_limit,
+        new.traceparent,
+        new.rerun_of,
+        new.delay_seconds,
+        new.due_at,
+        new.expires_in_seconds,
+        new.expires_at,
+        hold_back,
+        new.failures,
+    )
+    if row is None or not row["stamped"]:
+        return None
+    return Bell(
+        task_id=new.id,
+        name=new.name,
+        queue=new.queue,
+        attempt=0,
+        position=row["position"],
+        time_limit=new.time_limit,
+        traceparent=new.traceparent,
+    )
+
+
+# A row that was held back or released keeps its place; one that comes due gets a new one, in the order
+# in which the rows became due. Only a released row has had its turn, and goes ahead of all that wait.
+_TAKE_DUE = """
+WITH due AS (
+    SELECT id, run_at, position FROM task
+     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NULL AND run_at <= now()
+     ORDER BY run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED
+), placed AS (
+    SELECT id, position IS NOT NULL AS had_place, COALESCE(position, nextval('task_position')) AS place
+      FROM (SELECT * FROM due ORDER BY run_at, id) AS in_order
+)
+UPDATE task t SET published_at = now(), position = placed.place
+  FROM placed WHERE t.id = placed.id
+RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.traceparent,
+          placed.had_place AND t.attempt > 0 AND t.status = 'PENDING' AS overdue
+"""
+
+
+async def take_due(db: Database, queue: str, *, limit: int) -> list[Bell]:
+    """Stamp waiting rows that have no message and are due; the caller pushes what is returned."""
+    return _bells(await db.fetch(_TAKE_DUE, queue, limit))
+
+
+# A row whose place lies below the tail as it was one grace ago, and which was pushed before that, has
+# no message: lists are first in, first out. The highest places go first, because each batch is pushed
+# ahead of the one before: were the lowest not next in the end, the rest would look lost again.
+_TAKE_LOST = """
+WITH lost AS (
+    SELECT id FROM task
+     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
+       AND position < $2 AND published_at < $3 AND run_at <= now()
+     ORDER BY position DESC LIMIT $4 FOR UPDATE SKIP LOCKED
+)
+UPDATE task t SET published_at = now() FROM lost WHERE t.id = lost.id
+RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.traceparent, true AS overdue
+"""
+
+
+async def take_lost(
+    db: Database, queue: str, *, below_position: int, published_before: datetime, limit: int
+) -> list[Bell]:
+    """Stamp waiting rows whose message was lost; the caller pushes what is returned at the tail.
+
+    Args:
+        db: where.
+        queue: whose rows.
+        below_position: where the tail was one grace ago; `broker.END_OF_LINE` if the list was empty.
+        published_before: when that was noted, by Postgres's clock.
+        limit: rows at most.
+    """
+    return _bells(await db.fetch(_TAKE_LOST, queue, below_position, published_before, limit))
+
+
+_UNPUBLISH = """
+UPDATE task t SET published_at = NULL
+  FROM (SELECT w.id FROM task w JOIN unnest($1::uuid[], $2::int[]) AS m (id, attempt) USING (id)
+         WHERE w.attempt = m.attempt AND w.status IN ('PENDING', 'RETRY') ORDER BY w.id FOR UPDATE OF w) d
+ WHERE t.id = d.id
+"""
+
+
+async def unpublish(db: Database, bells: Sequence[Bell]) -> None:
+    """Take back the stamp of messages that could not be pushed, so that the relay feeds them in order."""
+    await db.execute(_UNPUBLISH, [bell.task_id for bell in bells], [bell.attempt for bell in bells])
+
+
+def _bells(rows: Sequence[Record]) -> list[Bell]:
+    bells = [
+        Bell(
+            task_id=row["id"],
+            name=row["name"],
+            queue=row["queue"],
+            attempt=row["attempt"],
+            position=row["position"],
+            time_limit=row["time_limit"],
+            traceparent=row["traceparent"],
+            overdue=row["overdue"],
+        )
+        for row in rows
+    ]
+    return sorted(bells, key=lambda bell: bell.position)
+
+
+_CANCEL = f"""
+WITH asked AS (
+    UPDATE task
+       SET cancel_requested = true,
+           status = CASE WHEN status = 'STARTED' THEN status ELSE 'REVOKED' END,
+           finished_at = CASE WHEN status = 'STARTED' THEN NULL ELSE now() END,
+           error_type = CASE WHEN status = 'STARTED' THEN error_type ELSE 'Cancelled' END,
+           error_message = CASE WHEN status = 'STARTED' THEN error_message ELSE 'The task was cancelled' END,
+           error_traceback = CASE WHEN status = 'STARTED' THEN error_traceback END
+     WHERE id = $1 AND status IN ('PENDING', 'RETRY', 'STARTED')
+    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
+), hook AS ({delivery.intend("asked")})
+SELECT * FROM asked
+"""
+
+
+async def cancel(db: Database, task_id: UUID) -> Settled | None:
+    """End a waiting task as REVOKED at once; mark a running one, whose next renewal hears of it.
+
+    Returns:
+        Its status now; None if there is no such task or it has ended.
+    """
+    row = await db.fetchrow(_CANCEL, task_id)
+    if row is None:
+        return None
+    return settled_of(row)
+
+
+_EXPIRE = f"""
+WITH late AS (
+    SELECT id FROM task
+     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND expires_at IS NOT NULL AND expires_at <= now()
+     ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED
+), ended AS (
+    UPDATE task t
+       SET status = 'REVOKED', finished_at = now(), published_at = NULL, error_type = 'Expired',
+           error_message = 'The task was still waiting when it expired', error_traceback = NULL
+      FROM late WHERE t.id = late.id
+    RETURNING t.id, t.status, t.result, t.error_type, t.error_message, t.error_traceback, t.webhook_url,
+              t.finished_at
+), hook AS ({delivery.intend("ended")})
+SELECT * FROM ended
+"""
+
+
+async def expire(db: Database, queue: str, *, limit: int) -> list[Ended]:
+    """End waiting tasks of a queue whose `expires_at` has passed."""
+    return [ended_of(row) for row in await db.fetch(_EXPIRE, queue, limit)]
+
+
+# The wait doubles from one second to half a minute, so that a rolling deploy has time to finish. Copies
+# of one message count once: the first takes the row out of the line.
+_REFUSE = f"""
+WITH refused AS (
+    UPDATE task
+       SET refusals = refusals + 1, position = NULL, published_at = NULL,
+           run_at = now() + make_interval(secs => LEAST(30, power(2, refusals))),
+           status = CASE WHEN refusals + 1 >= $4 THEN 'FAILURE' ELSE status END,
+           finished_at = CASE WHEN refusals + 1 >= $4 THEN now() END,
+           error_type = CASE WHEN refusals + 1 >= $4 THEN 'UnknownTask' ELSE error_type END,
+           error_message = CASE WHEN refusals + 1 >= $4 THEN 'No worker knows a task of this name'
+                                ELSE error_message END
+     WHERE id = $1 AND attempt = $2 AND name = $3 AND status IN ('PENDING', 'RETRY')
+       AND published_at IS NOT NULL AND run_at <= now()
+    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
+), hook AS ({delivery.intend("refused")})
+SELECT * FROM refused
+"""
+
+
+async def refuse(db: Database, task_id: UUID, *, attempt: int, name: str) -> Settled | None:
+    """Hand back a waiting task that this worker does not know: another may, or one of the next release.
+
+    After `rules.REFUSAL_BUDGET` refusals it ends as FAILURE `UnknownTask`.
+
+    Returns:
+        Its status now; None if the message was stale.
+    """
+    row = await db.fetchrow(_REFUSE, task_id, attempt, name, rules.REFUSAL_BUDGET)
+    if row is None:
+        return None
+    return settled_of(row)

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from app import __doc__ as summary
 from app import __version__, catalog, migrations
+from app.backlog import Backlog
 from app.broker import Broker
 from app.core import errors, metrics, telemetry
 from app.core.config import Settings
@@ -79,10 +80,13 @@ class _Lifespan:
             stack.push_async_callback(broker.close)
             publisher = Publisher(db, broker)
             stack.push_async_callback(_stop, asyncio.create_task(_keep_ringing(publisher)))
+            backlog = Backlog(db, cap=settings.max_backlog)
+            stack.push_async_callback(_stop, asyncio.create_task(backlog.run()))
             yield State(
                 settings=settings,
                 db=db,
                 publisher=publisher,
+                backlog=backlog,
                 rules=EgressRules.from_settings(settings),
                 readiness=health.Readiness(db, broker, needed_revision=migrations.head()),
             )

@@ -176,6 +176,16 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     error_traceback: str | None = Field(default=None, sa_column=Column(Text))
 
 
+class TaskTombstone(SQLModel, table=True):
+    """A task that was removed after its retention, so that its id is known to have been there."""
+
+    __tablename__ = "task_tombstone"
+    __table_args__ = (Index("task_tombstone_pruned", "pruned_at"),)
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    pruned_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+
+
 class WebhookDelivery(SQLModel, table=True):
     """One event of one task, to be delivered to one URL. Its id is the `webhook-id` of every attempt."""
 

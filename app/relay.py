@@ -33,6 +33,8 @@ GRACE_SECONDS = 10.0
 """How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
 BATCH = 500
 EXPORT_SECONDS = 10.0
+PRUNE_SECONDS = 5.0
+DAY_SECONDS = 86_400.0
 DELIVERIES_AT_ONCE = 100
 DELIVERY_LEASE_SECONDS = 60.0
 
@@ -140,6 +142,12 @@ class Relay:
         ended = await lifecycle.expire(self.db, queue, limit=BATCH)
         await publisher.announce_ends(self.broker, ended)
         return len(ended)
+
+    async def prune(self) -> int:
+        """Remove a batch of what is past its retention: ended tasks, then the tombstones of earlier ones."""
+        seconds = self.settings.retention_days * DAY_SECONDS
+        pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
+        return pruned + await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
 
     async def deliver(self) -> int:
         """Start sending the webhooks that are due, as many as may be on their way at once."""
@@ -250,6 +258,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
         _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues"),
+        _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
     ]
     for queue in relay.settings.queues:
         loops += [
@@ -268,6 +277,11 @@ async def _publish(relay: Relay, queue: str) -> None:
 
 async def _expire(relay: Relay, queue: str) -> None:
     while await relay.expire(queue) == BATCH:
+        pass
+
+
+async def _prune(relay: Relay) -> None:
+    while await relay.prune() >= BATCH:
         pass
 
 

@@ -107,9 +107,12 @@ class TaskNotFound(RequestError):
 
 
 class ResultExpired(RequestError):
-    """The task ended so long ago that its result is gone."""
+    """The task ended so long ago that it was removed."""
 
     status, slug, title = 410, "result-expired", "Result expired"
+
+    def __init__(self) -> None:
+        super().__init__("The task ended so long ago that it was removed")
 
 
 class PayloadTooLarge(RequestError):

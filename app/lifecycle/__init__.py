@@ -1,7 +1,8 @@
 """THE state machine: the transition table, the pure `decide()`, and every statement on `task`.
 
 `rules` says what an outcome means; `waiting` and `attempts` make it so, each
-statement under its guard; `reads` answers questions. Callers use the names here.
+statement under its guard; `reads` answers questions, `retention` removes what is
+past its time. Callers use the names here.
 """
 
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
@@ -11,6 +12,7 @@ from app.lifecycle.reads import (
     TaskView,
     budgets,
     clock,
+    count_waiting,
     expired_leases,
     places,
     queue_counts,
@@ -19,6 +21,7 @@ from app.lifecycle.reads import (
     status,
     view,
 )
+from app.lifecycle.retention import forget, prune, was_pruned
 from app.lifecycle.rules import (
     CRASH_BUDGET,
     LOSS_BUDGET,
@@ -75,10 +78,13 @@ __all__ = [
     "cancel",
     "claim",
     "clock",
+    "count_waiting",
     "decide",
     "expire",
     "expired_leases",
+    "forget",
     "places",
+    "prune",
     "queue_counts",
     "reap",
     "record_progress",
@@ -94,4 +100,5 @@ __all__ = [
     "take_lost",
     "unpublish",
     "view",
+    "was_pruned",
 ]

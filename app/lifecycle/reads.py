@@ -142,6 +142,21 @@ async def queue_counts(db: Database, queues: Sequence[str]) -> list[QueueCounts]
     return [QueueCounts(**dict(row)) for row in await db.fetch(_QUEUE_COUNTS, list(queues))]
 
 
+# Two counts, because each has an index of its own.
+_COUNT_WAITING = """
+SELECT (SELECT count(*) FROM (SELECT FROM task WHERE status IN ('PENDING', 'RETRY') AND published_at IS NULL
+                               LIMIT $1) AS unpublished)
+     + (SELECT count(*) FROM (SELECT FROM task WHERE status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
+                               LIMIT $1) AS published)
+"""
+
+
+async def count_waiting(db: Database, *, limit: int) -> int:
+    """How many tasks wait, in all queues; a count that is over `limit` says no more than that."""
+    waiting: int = await db.fetchval(_COUNT_WAITING, limit)
+    return waiting
+
+
 async def clock(db: Database) -> datetime:
     """Postgres's time, the only one that counts."""
     now: datetime = await db.fetchval("SELECT clock_timestamp()")

@@ -23,10 +23,11 @@ MEDIA_TYPE = "application/problem+json"
 _DETAILS = {
     400: "The body is not JSON that this service reads.",
     404: "No task has this id.",
+    410: "The task ended so long ago that it was removed.",
     413: "The body is too large.",
     415: "The body is not declared as JSON in UTF-8.",
     422: "Fields are missing, unknown or wrong.",
-    503: "Postgres can't be reached; try again after Retry-After seconds.",
+    503: "Postgres can't be reached, or too much is waiting; try again after Retry-After seconds.",
 }
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 

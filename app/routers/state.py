@@ -4,6 +4,7 @@ from typing import Annotated, TypedDict, cast
 
 from fastapi import Depends, Request
 
+from app.backlog import Backlog
 from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
@@ -17,6 +18,7 @@ class State(TypedDict):
     settings: Settings
     db: Database
     publisher: Publisher
+    backlog: Backlog
     rules: EgressRules
     readiness: Readiness
 

@@ -54,8 +54,10 @@ async def submit(request: Request, response: Response, state: Resources) -> sche
     with metrics.counting_rejections():
         wanted = _wanted(await body.read(request))
         new = _new_task(wanted, state, traceparent=telemetry.current_traceparent(request.headers))
-        publisher = state["publisher"]
+        publisher, backlog = state["publisher"], state["backlog"]
+        backlog.admit()
         bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
+    backlog.accepted()
     if bell is not None:
         publisher.ring(bell)
     metrics.submitted(new.name, new.queue)
@@ -63,25 +65,25 @@ async def submit(request: Request, response: Response, state: Resources) -> sche
     return schemas.TaskCreated(task_id=new.id)
 
 
-@router.get(f"{ONE}/status", responses=problems.responses(404, 422, 503))
+@router.get(f"{ONE}/status", responses=problems.responses(404, 410, 422, 503))
 async def read_status(task_id: TaskId, state: Resources) -> schemas.StatusRead:
     """Where the task is in its life."""
     found = await lifecycle.status(state["db"], task_id)
     if found is None:
-        raise errors.TaskNotFound
+        raise await _absent(task_id, state)
     return schemas.StatusRead(status=found)
 
 
 @router.get(
     f"{ONE}/result",
     response_model=schemas.ResultRead,
-    responses=_NOT_READY | problems.responses(404, 422, 503),
+    responses=_NOT_READY | problems.responses(404, 410, 422, 503),
 )
 async def read_result(task_id: TaskId, state: Resources) -> Response:
     """How the task ended: its result, or null and why."""
     found = await lifecycle.result(state["db"], task_id)
     if found is None:
-        raise errors.TaskNotFound
+        raise await _absent(task_id, state)
     _, ended = found
     if ended is None:
         not_ready = schemas.NotReady().model_dump()
@@ -92,13 +94,18 @@ async def read_result(task_id: TaskId, state: Resources) -> Response:
     return JSONResponse({"result": None, "error": _shown_error(ended.error)})
 
 
-@router.get(ONE, responses=problems.responses(404, 422, 503))
+@router.get(ONE, responses=problems.responses(404, 410, 422, 503))
 async def read_task(task_id: TaskId, state: Resources) -> schemas.TaskRead:
     """Everything known about the task but its arguments and its result."""
     found = await lifecycle.view(state["db"], task_id)
     if found is None:
-        raise errors.TaskNotFound
+        raise await _absent(task_id, state)
     return _task_read(found)
+
+
+async def _absent(task_id: UUID, state: State) -> errors.RequestError:
+    """Why there is no such task: it is past its retention, or was never there."""
+    return errors.ResultExpired() if await lifecycle.was_pruned(state["db"], task_id) else errors.TaskNotFound()
 
 
 def _wanted(posted: body.Body) -> schemas.SubmitRequest:

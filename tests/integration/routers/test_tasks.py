@@ -226,6 +226,35 @@ async def test_an_unknown_task_is_404(api: httpx.AsyncClient, path: str) -> None
 
 
 @pytest.mark.parametrize("path", ["", "/status", "/result"])
+async def test_a_task_past_its_retention_is_410(api: httpx.AsyncClient, db: Database, path: str) -> None:
+    task_id = await submitted(api, countdown=60)
+    assert await lifecycle.cancel(db, UUID(task_id)) is not None
+    assert await lifecycle.prune(db, older_than_seconds=-1, limit=10) == 1
+
+    problem = assert_problem(await api.get(f"/api/tasks/{task_id}{path}"), 410)
+    assert problem["type"] == "/problems/result-expired"
+
+
+async def test_beyond_the_cap_submits_are_asked_to_come_back(
+    api_settings: Settings, db: Database, serve: Serve
+) -> None:
+    async with serve(api_settings.model_copy(update={"max_backlog": 3})) as api:
+        tasks = [await submitted(api, countdown=60) for _ in range(3)]
+        refused = await api.post(SUBMIT, json={})
+        assert_problem(refused, 503)
+        assert refused.headers["retry-after"] == "5"
+        assert await db.fetchval("SELECT count(*) FROM task") == 3
+
+        await lifecycle.cancel(db, UUID(tasks[0]))
+
+        async def accepted() -> bool:
+            return (await api.post(SUBMIT, json={})).status_code == 202
+
+        await until(accepted, what="room for one more")
+        assert_problem(await api.post(SUBMIT, json={}), 503)
+
+
+@pytest.mark.parametrize("path", ["", "/status", "/result"])
 @pytest.mark.parametrize("task_id", ["42", SECRET, "%00", "%ff", "x" * 5000, "🦊", "0" * 31, "*"])
 async def test_an_id_that_is_no_uuid_is_422(api: httpx.AsyncClient, task_id: str, path: str) -> None:
     answer = await api.get(f"/api/tasks/{task_id}{path}")

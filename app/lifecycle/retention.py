@@ -1,0 +1,56 @@
+"""How ended tasks leave: in small batches, once nobody is to hear of them any more.
+
+A tombstone stays for as long again, so that a late reader hears `410` and not
+`404`: the task was there, and its result is gone.
+"""
+
+from uuid import UUID
+
+from app.db import Database
+
+_PRUNE = """
+WITH old AS (
+    SELECT id FROM task t
+     WHERE finished_at < now() - make_interval(secs => $1)
+       AND NOT EXISTS (SELECT FROM webhook_delivery d
+                        WHERE d.task_id = t.id AND d.status IN ('pending', 'delivering'))
+     ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED
+), gone AS (
+    DELETE FROM task t USING old WHERE t.id = old.id RETURNING t.id
+)
+INSERT INTO task_tombstone (id) SELECT id FROM gone
+RETURNING id
+"""
+
+
+async def prune(db: Database, *, older_than_seconds: float, limit: int) -> int:
+    """Remove ended tasks, the oldest first, but for those whose webhook is still under way.
+
+    Args:
+        db: where.
+        older_than_seconds: since a task ended.
+        limit: tasks at most.
+
+    Returns:
+        How many were removed.
+    """
+    return len(await db.fetch(_PRUNE, older_than_seconds, limit))
+
+
+_FORGET = """
+WITH old AS (
+    SELECT id FROM task_tombstone WHERE pruned_at < now() - make_interval(secs => $1)
+     ORDER BY pruned_at LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM task_tombstone t USING old WHERE t.id = old.id RETURNING t.id
+"""
+
+
+async def forget(db: Database, *, older_than_seconds: float, limit: int) -> int:
+    """Remove tombstones; from then on their ids are unknown. Returns how many were removed."""
+    return len(await db.fetch(_FORGET, older_than_seconds, limit))
+
+
+async def was_pruned(db: Database, task_id: UUID) -> bool:
+    """Whether a task of this id was there, and was removed after its retention."""
+    return await db.fetchval("SELECT true FROM task_tombstone WHERE id = $1", task_id) is True

@@ -28,6 +28,9 @@ MAX_RETRIES_LIMIT = 100
 BUILT_IN_MODULE = "app.worker.tasks"
 SAMPLE_MODULE = "app.worker.sample_tasks"
 
+TaskCancelled = execution.TaskCancelled
+"""Raised in a task's code when its cancel was asked for: clean up, and let it pass."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -161,12 +164,23 @@ class TaskDecorator:
 
         return register
 
+    def checkpoint(self) -> None:
+        """Stop here if the cancel of the running task was asked for.
+
+        Raises:
+            TaskCancelled: if it was.
+        """
+        execution.checkpoint()
+
     def progress(self, fraction: float, message: str | None = None) -> None:
         """Show how far the running task is.
 
         Args:
             fraction: from 0 to 1.
             message: a few words for people.
+
+        Raises:
+            TaskCancelled: if the task's cancel was asked for.
         """
         execution.progress(fraction, message)
 

@@ -36,11 +36,18 @@ class Publisher:
         self._rung = asyncio.Event()
         self._down = False
         self._full: set[str] = set()
+        self._announcing: set[asyncio.Task[bool]] = set()
 
     def ring(self, bell: lifecycle.Bell) -> None:
         """Push this message soon. Never waits, never fails."""
         self._bells.append(bell)
         self._rung.set()
+
+    def announce(self, ended: lifecycle.Ended) -> None:
+        """Tell Celery's waiters of a task's end soon. Never waits, never fails."""
+        task = asyncio.create_task(announce_end(self._broker, ended))
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
 
     def away(self, queue: str) -> bool:
         """Whether new rows of this queue should be left to the relay: Redis is down, or the queue is full."""
@@ -58,6 +65,7 @@ class Publisher:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             await self.flush()
+            await asyncio.gather(*self._announcing, return_exceptions=True)
 
     async def flush(self) -> None:
         """Push everything that was rung so far."""

@@ -10,6 +10,7 @@
     └── RequestError              the caller's fault, rendered as a problem (RFC 9457)
         ├── MalformedBody         400
         ├── TaskNotFound          404
+        ├── TaskEnded             409
         ├── ResultExpired         410
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
@@ -104,6 +105,15 @@ class TaskNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__("No task has this id")
+
+
+class TaskEnded(RequestError):
+    """The task has ended, so nothing can be done about it any more."""
+
+    status, slug, title = 409, "task-ended", "Task ended"
+
+    def __init__(self) -> None:
+        super().__init__("The task has ended")
 
 
 class ResultExpired(RequestError):

@@ -133,7 +133,12 @@ class Lost:
     """The lease ran out, or the whole worker went: a fault of ours."""
 
 
-Outcome = Succeeded | Failed | RetryAsked | TimedOut | Interrupted | Crashed | Lost
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody asked for the task's end, and the attempt stopped, or was stopped."""
+
+
+Outcome = Succeeded | Failed | RetryAsked | TimedOut | Interrupted | Crashed | Lost | Cancelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +180,9 @@ def decide(budgets: Budgets, outcome: Outcome) -> Transition:
             return Transition(status=TaskStatus.FAILURE, error=error, spends="failures")
         case Interrupted():
             return Transition(status=TaskStatus.PENDING)
+        case Cancelled():
+            error = Error(type="Cancelled", message="The task was cancelled")
+            return Transition(status=TaskStatus.REVOKED, error=error)
         case Crashed():
             crashes = budgets.crashes + 1
             error = Error(type="WorkerLost", message=f"The process that ran the task died ({crashes} times)")
@@ -207,6 +215,7 @@ __all__ = [
     "WAITING",
     "Budget",
     "Budgets",
+    "Cancelled",
     "Claim",
     "Crashed",
     "Error",

@@ -34,6 +34,9 @@ _SUBMIT_BODY = {
 }
 _LOCATION = {"Location": {"description": "Where the task can be read.", "schema": {"type": "string"}}}
 _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "Stored: the task will run.", "headers": _LOCATION}}
+_CANCELLED: dict[int | str, dict[str, Any]] = {
+    202: {"model": schemas.StatusRead, "description": "The task runs; its code will be told."}
+}
 _NOT_READY: dict[int | str, dict[str, Any]] = {
     202: {
         "model": schemas.NotReady,
@@ -101,6 +104,30 @@ async def read_task(task_id: TaskId, state: Resources) -> schemas.TaskRead:
     if found is None:
         raise await _absent(task_id, state)
     return _task_read(found)
+
+
+@router.post(f"{ONE}/cancel", responses=_CANCELLED | problems.responses(404, 409, 410, 422, 503))
+async def cancel(task_id: TaskId, response: Response, state: Resources) -> schemas.StatusRead:
+    """End a task: at once if it waits; if it runs, its code is told within two seconds. Asking twice is asking once."""
+    cancelled = await lifecycle.cancel(state["db"], task_id)
+    if cancelled is None:
+        return await _cancelled_before(task_id, state)
+    if cancelled.ended is None:
+        response.status_code = 202
+    else:
+        state["publisher"].announce(cancelled.ended)
+    return schemas.StatusRead(status=cancelled.status)
+
+
+async def _cancelled_before(task_id: UUID, state: State) -> schemas.StatusRead:
+    """The answer for a task that no cancel could reach. Raises TaskEnded if another end came first."""
+    found = await lifecycle.result(state["db"], task_id)
+    if found is None:
+        raise await _absent(task_id, state)
+    status, ended = found
+    if ended is None or ended.error is None or ended.error.type != "Cancelled":
+        raise errors.TaskEnded
+    return schemas.StatusRead(status=status)
 
 
 async def _absent(task_id: UUID, state: State) -> errors.RequestError:

@@ -28,7 +28,7 @@ from celery.result import AsyncResult
 
 from app import broker, db, lifecycle, publisher
 from app.core import errors
-from app.lifecycle import Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
+from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, signals
 from app.worker.slots import Running, Slots
 
@@ -51,6 +51,13 @@ class Declared(Protocol):
     def time_limit(self) -> float | None: ...  # noqa: D102  # as above
     def validate_call(self, args: list[Any], kwargs: dict[str, Any]) -> None: ...  # noqa: D102  # as above
     def bind(self, args: str, kwargs: str) -> dict[str, Any]: ...  # noqa: D102  # as above
+
+
+class TaskCancelled(BaseException):
+    """Raised in a task's own code when its cancel was asked for.
+
+    Not an `Exception`, so that code which survives errors does not survive this. Clean up, and let it pass.
+    """
 
 
 class RetryLater(Retry):  # type: ignore[misc]  # Celery ships no types
@@ -159,6 +166,7 @@ def run_attempt(task: DurableTask) -> None:
     """
     wanted = _wanted(task)
     signals.hold()
+    signals.on_interrupt(checkpoint)
     try:
         # Shown before it is claimed: if this process dies in between, the keeper knows what to settle.
         _show(Running(wanted, started=0.0, limit_seconds=0.0))
@@ -213,6 +221,8 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
         with signals.let_through():
             result = _call(task, claimed)
         return _serialised(result)
+    except TaskCancelled:
+        return Cancelled()
     except RetryLater as again:
         error = _describe(again.cause) if again.cause else Error(type="Retry", message="The task asked to be retried")
         return RetryAsked(error, again.delay_seconds, again.max_retries)
@@ -314,6 +324,19 @@ def _await_death() -> NoReturn:
     os._exit(1)
 
 
+def checkpoint() -> None:
+    """Stop here if the cancel of the running task was asked for. Outside a worker this does nothing.
+
+    Raises:
+        TaskCancelled: if it was.
+    """
+    attempt = _running
+    if attempt is None or _slots is None or _slot is None:
+        return
+    if _slots.ordered_to_cancel(_slot, attempt.claimed.claim):
+        raise TaskCancelled
+
+
 def progress(fraction: float, message: str | None = None) -> None:
     """Show how far the running task is.
 
@@ -321,8 +344,9 @@ def progress(fraction: float, message: str | None = None) -> None:
         fraction: from 0 to 1; clipped.
         message: for people; cut to 500 characters.
 
-    Outside a worker this does nothing. At most two are written each second.
+    Outside a worker this does nothing. At most two are written each second. Raises as `checkpoint`.
     """
+    checkpoint()
     attempt = _running
     now = time.monotonic()
     if attempt is None or (now - attempt.progress_shown < PROGRESS_INTERVAL_SECONDS and fraction < 1.0):

@@ -8,6 +8,7 @@ children show (`slots`), and
 - settles at once what died with a child: a crash if only the child died, a
   release if the worker is stopping, a loss if the whole worker is gone,
 - ends tasks past their hard time limit, by settling first and killing then,
+- tells an attempt whose cancel was asked for, and ends it if it does not listen,
 - kills an attempt that was superseded, so that its slot does useful work again,
 - serves the worker's metrics,
 - hands back tasks that this worker does not know, which the main process names
@@ -33,13 +34,15 @@ from app.broker import Broker
 from app.core import config, errors, metrics, telemetry
 from app.core.config import Settings
 from app.db import Database
-from app.lifecycle import Budgets, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
+from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
 from app.worker.slots import Slot, Slots
 
 LOOK_SECONDS = 0.2
 """How often the slots are looked at: for dead children and passed limits."""
 RENEW_SECONDS = 1.0
 """How often Postgres is asked about what runs; a lease is only written when a third of it is used."""
+CANCEL_GRACE_SECONDS = 5.0
+"""How long a task may go on after it was told of its cancel."""
 SETTLE_LAST_SECONDS = 10.0
 """How long the keeper stays, after the worker went, to settle what it left behind."""
 
@@ -68,6 +71,7 @@ class Keeper:
         self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
         self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
         self._unheld: set[Claim] = set()
+        self._told: dict[Claim, float] = {}
 
     async def run(self) -> None:
         """Look and renew until the worker is gone and nothing of it is left to settle."""
@@ -181,6 +185,20 @@ class Keeper:
             log.warning("task %s attempt %d was superseded; its process is killed", claim.task_id, claim.attempt)
             self._kill(running[claim], claim)
         self._unheld = unheld
+        self._cancel({lease.claim for lease in leases if lease.held and lease.cancel_requested}, running)
+
+    def _cancel(self, claims: set[Claim], running: dict[Claim, Slot]) -> None:
+        """Tell each once, and end what goes on for longer than its grace."""
+        self._told = {claim: when for claim, when in self._told.items() if claim in claims}
+        for claim in claims:
+            slot = running[claim]
+            if claim not in self._told:
+                self._told[claim] = time.monotonic()
+                if self._slots.order_cancel(slot.index, claim):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(slot.pid, signal.SIGUSR1)
+            elif time.monotonic() - self._told[claim] > CANCEL_GRACE_SECONDS:
+                self._start(slot, self._end(slot, claim, Cancelled()))
 
     async def _serve_metrics(self) -> None:
         """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""

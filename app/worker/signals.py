@@ -1,10 +1,10 @@
 """Signals wait while a claim or a settle is on the wire.
 
-A pool child is told to stop (SIGTERM) or that its soft limit has passed
-(SIGUSR1) by exceptions that Python raises between two instructions of the main
-thread. In the middle of a claim that would leave an attempt that nobody runs;
-in the middle of a settle, an outcome that nobody knows. So signals are held for
-the whole of an attempt, but for the stretch in which the task's own code runs.
+A pool child is told to stop (SIGTERM), or that its task is cancelled (SIGUSR1),
+by exceptions that Python raises between two instructions of the main thread. In
+the middle of a claim that would leave an attempt that nobody runs; in the middle
+of a settle, an outcome that nobody knows. So signals are held for the whole of an
+attempt, but for the stretch in which the task's own code runs.
 """
 
 import contextlib
@@ -30,6 +30,12 @@ def hold() -> None:
             _handlers[number] = handler
             signal.signal(number, _receive)
     _holding = True
+
+
+def on_interrupt(handler: Callable[[], None]) -> None:
+    """Have `handler` called for SIGUSR1, in place of the pool's soft limits, which are not used here."""
+    _handlers[signal.SIGUSR1] = lambda _, __: handler()
+    signal.signal(signal.SIGUSR1, _receive)
 
 
 def release() -> None:

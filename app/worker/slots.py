@@ -4,7 +4,7 @@ A child writes its slot before it claims and clears it after it settles, so the
 keeper never misses an attempt, whatever kills the child in between. Each slot
 carries a checksum: a reader that meets a write half way reads again.
 
-The keeper may order the death of one attempt, never of a process. It writes the
+The keeper may order the death of one attempt, or its cancel, never that of a process. It writes the
 order, then looks whether the slot still shows that attempt; the child clears its
 slot, then looks whether there is an order for what it just ran. One of the two
 sees the other, so a kill can't hit the task that comes next.
@@ -27,7 +27,8 @@ from app.lifecycle import Claim
 
 _HEADER = 64
 _SLOT = 128
-_ORDER_OFFSET = 96
+_DEATH_OFFSET = 96
+_CANCEL_OFFSET = 112
 _RECORD = struct.Struct("<qq16sq16sdd")  # pid, born, task id, attempt, token, started, limit
 _BEAT = struct.Struct("<d")
 _BEAT_OFFSET = 8
@@ -187,14 +188,28 @@ class Slots:
         Returns:
             Whether the child still shows it: then, and only then, the child may be killed.
         """
-        offset = _HEADER + index * _SLOT + _ORDER_OFFSET
+        return self._order(index, claim, _DEATH_OFFSET)
+
+    def ordered_to_die(self, index: int, claim: Claim) -> bool:
+        """Whether the keeper ordered the death of this attempt, which has just been cleared."""
+        return self._ordered(index, claim, _DEATH_OFFSET)
+
+    def order_cancel(self, index: int, claim: Claim) -> bool:
+        """Order an attempt to stop. Returns whether the child still shows it, and may be told by a signal."""
+        return self._order(index, claim, _CANCEL_OFFSET)
+
+    def ordered_to_cancel(self, index: int, claim: Claim) -> bool:
+        """Whether the keeper ordered this attempt to stop."""
+        return self._ordered(index, claim, _CANCEL_OFFSET)
+
+    def _order(self, index: int, claim: Claim, cell: int) -> bool:
+        offset = _HEADER + index * _SLOT + cell
         self._memory[offset : offset + 16] = claim.token.bytes
         slot = self.read(index)
         return slot is not None and slot.running is not None and slot.running.claim == claim
 
-    def ordered_to_die(self, index: int, claim: Claim) -> bool:
-        """Whether the keeper ordered the death of this attempt, which has just been cleared."""
-        offset = _HEADER + index * _SLOT + _ORDER_OFFSET
+    def _ordered(self, index: int, claim: Claim, cell: int) -> bool:
+        offset = _HEADER + index * _SLOT + cell
         return bytes(self._memory[offset : offset + 16]) == claim.token.bytes
 
     def _write(self, index: int, running: Running | None) -> None:

@@ -82,6 +82,12 @@ def retry(countdown: float) -> int:
     raise current_task.retry(countdown=countdown, exc=KeyError("again"))
 
 
+@task("odd.retry_late", max_retries=2)
+def retry_late(countdown: str) -> None:
+    """Ask for a retry so far away that no clock has a date for it. A text, because JSON has no infinity."""
+    raise current_task.retry(countdown=float(countdown))
+
+
 @task("odd.attempts", max_retries=5, autoretry_for=(OSError,), retry_backoff=True)
 def attempts(path: str) -> str:
     """Note each run in a file, and sleep."""
@@ -89,3 +95,25 @@ def attempts(path: str) -> str:
         ledger.write(f"{os.getpid()}\n")
     time.sleep(3)
     return "done"
+
+
+@task("odd.cleans_up")
+def cleans_up(path: str) -> None:
+    """Note by what it was ended."""
+    try:
+        time.sleep(60)
+    except BaseException as told:
+        with open(path, "w") as mark:  # noqa: PTH123  # plain text
+            mark.write(type(told).__name__)
+        raise
+
+
+@task("odd.stubborn")
+def stubborn() -> None:
+    """Survive whatever is raised in it."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.1)
+        except BaseException:  # noqa: BLE001, S112  # as the name says
+            continue

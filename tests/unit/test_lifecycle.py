@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from app import lifecycle
 from app.core import backoff
 from app.lifecycle import (
     Budgets,
+    Cancelled,
     Crashed,
     Error,
     Failed,
@@ -35,6 +37,7 @@ OUTCOMES: list[tuple[Budgets, Outcome, str, str | None, str | None]] = [
     (Budgets(failures=3, max_retries=3), RetryAsked(BOOM, 1.0, max_retries=9), "FAILURE", "failures", "ValueError"),
     (Budgets(), TimedOut(2.0), "FAILURE", "failures", "TimeLimitExceeded"),
     (Budgets(failures=3, crashes=2, losses=9), Interrupted(), "PENDING", None, None),
+    (Budgets(), Cancelled(), "REVOKED", None, "Cancelled"),
     (Budgets(), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=1), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=2), Crashed(), "FAILURE", "crashes", "WorkerLost"),
@@ -60,6 +63,14 @@ def test_an_outcome_means_one_transition(
 def test_a_retry_waits_as_long_as_the_task_asked_and_never_less_than_nothing() -> None:
     assert decide(Budgets(), RetryAsked(BOOM, 2.5)).run_in_seconds == 2.5
     assert decide(Budgets(), RetryAsked(BOOM, -1.0)).run_in_seconds == 0.0
+
+
+@pytest.mark.parametrize("asked", [math.inf, 1e13, 31_536_001.0, math.nan, -math.inf])
+def test_no_retry_waits_longer_than_a_year_whatever_the_task_asked(asked: float) -> None:
+    waits = decide(Budgets(), RetryAsked(BOOM, asked)).run_in_seconds
+
+    assert 0.0 <= waits <= 31_536_000.0
+    assert asked != math.inf or waits == 31_536_000.0
 
 
 def test_the_first_lost_worker_costs_no_time_and_each_further_one_costs_more() -> None:

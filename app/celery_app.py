@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,10 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         if self._timer is not None:
             self._timer.cancel()
 
-    def refuse(self, task_id: str, attempt: int, name: str) -> None:
+    def refuse(self, headers: Mapping[str, Any]) -> None:
         """Have a task handed back that this worker does not know. A lost line costs one search for lost messages."""
-        line = json.dumps({"refuse": {"id": task_id, "attempt": attempt, "name": name}}) + "\n"
+        named = {key: headers[key] for key in ("id", "attempt", "position")} | {"name": headers["task"]}
+        line = json.dumps({"refuse": named}) + "\n"
         taken = None
         if self._process is not None and self._process.stdin is not None:
             # Shorter than PIPE_BUF, so it goes whole or not at all.
@@ -250,12 +251,11 @@ def _stop_child(**_: Any) -> None:
     bridge.close()
 
 
-def _refuse(sender: Any = None, message: Any = None, name: str = "", **others: Any) -> None:
+def _refuse(sender: Any = None, message: Any = None, **_: Any) -> None:
     """A rolling deploy: this worker is older or newer than the submit. Another may know the task."""
-    attempt = message.headers.get("attempt")
     for step in sender.controller.steps if sender is not None else ():
-        if isinstance(step, KeeperStep) and type(attempt) is int:
-            step.refuse(str(others.get("id")), attempt, name)
+        if isinstance(step, KeeperStep):
+            step.refuse(message.headers)
 
 
 def _turn_cold(how: str = "", **_: Any) -> None:

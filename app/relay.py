@@ -93,18 +93,26 @@ class Relay:
             notes.popleft()
 
     async def _tail(self, queue: str) -> int | None:
-        """The position that is next in line, as its row says too: a forged one would make the backlog look lost."""
+        """The position that is next in line: the lowest near the tail that its row says too.
+
+        A forged message, or a copy of one, can name a place that is further back, which would make all that
+        stands before it look lost; too low a place only makes the search more careful.
+        """
         messages = await self.broker.tail(queue)
         if messages is None:
             metrics.show_oldest(queue, 0.0)
             return END_OF_LINE
         places = await lifecycle.places(self.db, [message.task_id for message in messages])
-        for message in messages:
-            place = places.get(message.task_id)
-            if place is not None and place.position == message.position:
-                metrics.show_oldest(queue, place.due_seconds)
-                return place.position
-        return None
+        believed = [
+            place
+            for message in messages
+            if (place := places.get(message.task_id)) is not None and place.position == message.position
+        ]
+        if not believed:
+            return None
+        first = min(believed, key=lambda place: place.position)
+        metrics.show_oldest(queue, first.due_seconds)
+        return first.position
 
     async def publish_lost(self, queue: str) -> int:
         """Push again, at the tail, what lies below the tail as it was one grace ago: its message was lost."""

@@ -221,7 +221,7 @@ async def expire(db: Database, queue: str, *, limit: int) -> list[Ended]:
 
 
 # The wait doubles from one second to half a minute, so that a rolling deploy has time to finish. Copies
-# of one message count once: the first takes the row out of the line.
+# of one message count once: the first takes the row out of the line, and its next place is another.
 _REFUSE = f"""
 WITH refused AS (
     UPDATE task
@@ -232,7 +232,7 @@ WITH refused AS (
            error_type = CASE WHEN refusals + 1 >= $4 THEN 'UnknownTask' ELSE error_type END,
            error_message = CASE WHEN refusals + 1 >= $4 THEN 'No worker knows a task of this name'
                                 ELSE error_message END
-     WHERE id = $1 AND attempt = $2 AND name = $3 AND status IN ('PENDING', 'RETRY')
+     WHERE id = $1 AND attempt = $2 AND name = $3 AND position = $5 AND status IN ('PENDING', 'RETRY')
        AND published_at IS NOT NULL AND run_at <= now()
     RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
 ), hook AS ({delivery.intend("refused")})
@@ -240,7 +240,7 @@ SELECT * FROM refused
 """
 
 
-async def refuse(db: Database, task_id: UUID, *, attempt: int, name: str) -> Settled | None:
+async def refuse(db: Database, task_id: UUID, *, attempt: int, name: str, position: int) -> Settled | None:
     """Hand back a waiting task that this worker does not know: another may, or one of the next release.
 
     After `rules.REFUSAL_BUDGET` refusals it ends as FAILURE `UnknownTask`.
@@ -248,7 +248,7 @@ async def refuse(db: Database, task_id: UUID, *, attempt: int, name: str) -> Set
     Returns:
         Its status now; None if the message was stale.
     """
-    row = await db.fetchrow(_REFUSE, task_id, attempt, name, rules.REFUSAL_BUDGET)
+    row = await db.fetchrow(_REFUSE, task_id, attempt, name, rules.REFUSAL_BUDGET, position)
     if row is None:
         return None
     return settled_of(row)

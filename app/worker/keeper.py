@@ -213,22 +213,23 @@ class Keeper:
                 return
 
     async def _take_commands(self) -> None:
-        """Read lines such as `{"refuse": {"id": …, "attempt": …, "name": …}}` from the worker."""
+        """Read lines such as `{"refuse": {"id": …, "attempt": …, "name": …, "position": …}}` from the worker."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while line := await reader.readline():
             try:
                 refusal = json.loads(line)["refuse"]
-                await self._refuse(UUID(refusal["id"]), int(refusal["attempt"]), str(refusal["name"]))
+                await self._refuse(UUID(refusal.pop("id")), **refusal)
             except Exception:
                 log.exception("a refusal could not be written; the search for lost messages finds its task")
         # The worker has closed its end; whether it is gone, `_worker_lives` says.
         await asyncio.Event().wait()
 
-    async def _refuse(self, task_id: UUID, attempt: int, name: str) -> None:
+    async def _refuse(self, task_id: UUID, *, attempt: int, name: str, position: int) -> None:
         settled = await db.insist(
-            lambda: lifecycle.refuse(self._db, task_id, attempt=attempt, name=name), what="a refusal"
+            lambda: lifecycle.refuse(self._db, task_id, attempt=attempt, name=name, position=position),
+            what="a refusal",
         )
         if settled is not None and settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)

@@ -1,9 +1,11 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from app import lifecycle
@@ -11,9 +13,23 @@ from app.broker import END_OF_LINE
 from app.core import errors, ids
 from app.core.config import Settings
 from app.db import Database
-from app.lifecycle import Budgets, Claim, Crashed, Error, Failed, Interrupted, Lost, RetryAsked, Succeeded, decide
+from app.lifecycle import (
+    Budgets,
+    Claim,
+    Crashed,
+    Error,
+    Failed,
+    Interrupted,
+    Lost,
+    Outcome,
+    RetryAsked,
+    Settled,
+    Succeeded,
+    decide,
+)
 from app.models import TaskStatus
 from tests.support.database import events, opened, row, started, submitted
+from tests.support.waiting import until
 
 HOOK = "https://example.com/hook"
 BOOM = Error(type="ValueError", message="boom", traceback="Traceback …")
@@ -23,6 +39,14 @@ BOOM = Error(type="ValueError", message="boom", traceback="Traceback …")
 async def db(settings: Settings) -> AsyncIterator[Database]:
     async with opened(settings) as database:
         yield database
+
+
+@pytest.fixture
+async def rival(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+    """A session of somebody else, who holds rows locked."""
+    connection = await asyncpg.connect(settings.postgres_dsn)
+    yield connection
+    await connection.close()
 
 
 async def test_a_submitted_task_is_there_and_asks_for_its_message_to_be_pushed(db: Database) -> None:
@@ -163,6 +187,52 @@ async def test_a_settle_repeated_after_a_lost_answer_says_the_same_and_writes_no
     assert await events(db, task_id) == ["task.succeeded"]
 
 
+HOW_AN_ATTEMPT_LEAVES = [Succeeded("1"), RetryAsked(BOOM, 0.0), Interrupted()]
+
+
+@pytest.mark.parametrize("outcome", HOW_AN_ATTEMPT_LEAVES, ids=["success", "retry", "release"])
+async def test_a_settle_that_waits_for_its_own_first_copy_says_the_same(
+    db: Database, rival: asyncpg.Connection, outcome: Outcome
+) -> None:
+    claim = (await started(db, await submitted(db, webhook_url=HOOK))).claim
+    transition = decide(Budgets(), outcome)
+
+    async with rival.transaction():
+        await _lock(rival, claim.task_id)
+        first = asyncio.create_task(lifecycle.settle(db, claim, transition))
+        await _waiting(db, 1)
+        again = asyncio.create_task(lifecycle.settle(db, claim, transition))
+        await _waiting(db, 2)
+
+    settled = await first
+    assert settled is not None
+    assert await again == settled
+    assert await events(db, claim.task_id) == (["task.succeeded"] if settled.ended else [])
+    stored = await row(db, claim.task_id)
+    assert stored["failures"] == isinstance(outcome, RetryAsked), "it is billed once"
+
+
+@pytest.mark.parametrize("outcome", HOW_AN_ATTEMPT_LEAVES, ids=["success", "retry", "release"])
+@pytest.mark.parametrize("other", [lifecycle.settle_for, lifecycle.reap])
+async def test_what_a_claim_settled_itself_nobody_else_settles_for_it(
+    db: Database, rival: asyncpg.Connection, other: Callable[..., Coroutine[Any, Any, Settled | None]], outcome: Outcome
+) -> None:
+    claim = (await started(db, await submitted(db), lease_seconds=0.0)).claim
+    loss = decide(Budgets(), Lost())
+
+    async with rival.transaction():
+        await _lock(rival, claim.task_id)
+        own = asyncio.create_task(lifecycle.settle(db, claim, decide(Budgets(), outcome)))
+        await _waiting(db, 1)
+        at_once = asyncio.create_task(other(db, claim, loss))
+        await _waiting(db, 2)
+
+    assert await own is not None
+    assert await at_once is None
+    assert await other(db, claim, loss) is None
+    assert (await row(db, claim.task_id))["losses"] == 0
+
+
 @pytest.mark.parametrize("forged", ["attempt", "token"])
 async def test_a_settle_with_another_fence_is_superseded(db: Database, forged: str) -> None:
     task_id = await submitted(db, webhook_url=HOOK)
@@ -203,7 +273,7 @@ async def test_a_terminal_row_never_changes(db: Database) -> None:
     await lifecycle.settle(db, claim, decide(Budgets(), Succeeded("1")))
     await lifecycle.reap(db, claim, decide(Budgets(), Lost()))
     assert await lifecycle.cancel(db, task_id) is None
-    assert await lifecycle.refuse(db, task_id, attempt=1, name="sample.echo") is None
+    assert await lifecycle.refuse(db, task_id, attempt=1, name="sample.echo", position=before["position"] or 0) is None
     assert await lifecycle.take_due(db, "default", limit=10) == []
     await lifecycle.expire(db, "default", limit=10)
     await lifecycle.record_progress(db, claim, 0.5, None)
@@ -321,20 +391,39 @@ async def test_a_task_that_no_worker_knows_is_tried_elsewhere_and_ends_after_a_c
     task_id = await submitted(db, webhook_url=HOOK)
     refusals = 0
     while True:
-        refused = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo")
+        place = (await row(db, task_id))["position"]
+        refused = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place)
         assert refused is not None
         refusals += 1
         if refused.ended is not None:
             break
         assert (await row(db, task_id))["published_at"] is None
-        assert await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo") is None, "a copy counts once"
-        await db.execute("UPDATE task SET run_at = now(), published_at = now() WHERE id = $1", task_id)
+        await db.execute("UPDATE task SET run_at = now() WHERE id = $1", task_id)
+        assert len(await lifecycle.take_due(db, "default", limit=10)) == 1
+        stale = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place)
+        assert stale is None, "a copy of the old message does not count again"
 
     assert refusals == lifecycle.REFUSAL_BUDGET
     assert refused.ended.error is not None
     assert refused.ended.error.type == "UnknownTask"
     assert await events(db, task_id) == ["task.failed"]
-    assert await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo") is None
+    assert await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place) is None
+
+
+async def test_copies_of_a_refused_message_are_one_refusal(db: Database) -> None:
+    task_id = await submitted(db)
+    place = (await row(db, task_id))["position"]
+
+    refused = await asyncio.gather(
+        *(
+            lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place)
+            for _ in range(lifecycle.REFUSAL_BUDGET)
+        )
+    )
+
+    assert sum(one is not None for one in refused) == 1
+    stored = await row(db, task_id)
+    assert (stored["refusals"], stored["status"], stored["position"]) == (1, "PENDING", None)
 
 
 async def test_expired_tasks_of_one_queue_end_as_revoked(db: Database) -> None:
@@ -349,6 +438,19 @@ async def test_expired_tasks_of_one_queue_end_as_revoked(db: Database) -> None:
     assert ended.error.type == "Expired"
     assert await events(db, late) == ["task.revoked"]
     assert {(await row(db, task_id))["status"] for task_id in (in_time, elsewhere)} == {"PENDING"}
+
+
+async def test_what_expired_first_ends_first(db: Database) -> None:
+    await db.execute(
+        "INSERT INTO task (id, name, queue, args, kwargs, expires_at)"
+        " SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}', now() - make_interval(secs => n * 7 % 50)"
+        "   FROM generate_series(1, 50) AS n"
+    )
+    in_order = [found["id"] for found in await db.fetch("SELECT id FROM task ORDER BY expires_at")]
+
+    for batch in (in_order[:20], in_order[20:40], in_order[40:]):
+        ended = await lifecycle.expire(db, "default", limit=20)
+        assert {one.task_id for one in ended} == set(batch)
 
 
 async def test_two_relays_take_each_due_row_once_and_in_order(db: Database) -> None:
@@ -437,28 +539,70 @@ async def test_queues_are_counted(db: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "law"),
     [
-        "status = 'LIMBO'",
-        "status = 'STARTED'",
-        "status = 'SUCCESS', result = '1'",
-        "status = 'FAILURE', finished_at = now()",
-        "status = 'SUCCESS', finished_at = now()",
-        "finished_at = now()",
-        "lease_until = now()",
-        "result = '1'",
-        "failures = 5",
-        "max_retries = 101",
-        "progress = 1.1",
-        "attempt = -1",
-        "queue = ''",
+        ("status = 'LIMBO'", "task_status_known"),
+        ("status = 'STARTED', token = gen_random_uuid()", "task_leased_iff_started"),
+        ("lease_until = now()", "task_leased_iff_started"),
+        ("status = 'STARTED', lease_until = now()", "task_fenced_while_started"),
+        ("status = 'FAILURE', error_type = 'E'", "task_finished_iff_terminal"),
+        ("finished_at = now()", "task_finished_iff_terminal"),
+        ("status = 'SUCCESS', finished_at = now()", "task_result_iff_success"),
+        ("result = '1'", "task_result_iff_success"),
+        ("status = 'FAILURE', finished_at = now()", "task_error_named"),
+        ("status = 'REVOKED', finished_at = now()", "task_error_named"),
+        ("failures = 5", "task_failures_in_budget"),
+        ("failures = -1", "task_failures_in_budget"),
+        ("max_retries = 101", "task_max_retries_range"),
+        ("max_retries = -1", "task_max_retries_range"),
+        ("attempt = -1", "task_counts_positive"),
+        ("crashes = -1", "task_counts_positive"),
+        ("losses = -1", "task_counts_positive"),
+        ("refusals = -1", "task_counts_positive"),
+        ("progress = 1.1", "task_progress_fraction"),
+        ("progress = -0.1", "task_progress_fraction"),
+        ("queue = ''", "task_queue_length"),
+        ("queue = repeat('q', 65)", "task_queue_length"),
+        ("name = ''", "task_name_length"),
+        ("name = repeat('n', 256)", "task_name_length"),
+        ("webhook_url = repeat('u', 2049)", "task_webhook_url_length"),
+        ("traceparent = repeat('t', 65)", "task_traceparent_length"),
     ],
 )
-async def test_the_database_repeats_the_law(db: Database, change: str) -> None:
+async def test_the_database_repeats_the_law(db: Database, change: str, law: str) -> None:
     task_id = await submitted(db)
 
-    with pytest.raises(errors.StatementRefused, match="CheckViolationError"):
+    with pytest.raises(errors.StatementRefused, match="CheckViolationError") as refused:
         await db.execute(f"UPDATE task SET {change} WHERE id = $1", task_id)
+    assert getattr(refused.value.__cause__, "constraint_name", None) == law
+
+
+async def test_the_database_takes_all_that_the_law_allows(db: Database) -> None:
+    task_id = await submitted(db)
+
+    changed = await db.execute(
+        "UPDATE task SET name = repeat('n', 255), queue = repeat('q', 64), webhook_url = repeat('u', 2048),"
+        " traceparent = repeat('t', 64), max_retries = 100, failures = 101, progress = 1 WHERE id = $1",
+        task_id,
+    )
+    assert changed == "UPDATE 1"
+
+
+async def _lock(rival: asyncpg.Connection, task_id: UUID) -> None:
+    await rival.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", task_id)
+
+
+async def _waiting(db: Database, number: int) -> None:
+    """Return once so many statements on this database wait for a lock."""
+
+    async def reached() -> bool:
+        waiting = await db.fetchval(
+            "SELECT count(DISTINCT pid) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE NOT granted AND datname = current_database()"
+        )
+        return bool(waiting == number)
+
+    await until(reached, what=f"the wait of {number} statements")
 
 
 def _bell(task_id: UUID) -> lifecycle.Bell:

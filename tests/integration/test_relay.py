@@ -9,6 +9,7 @@ import redis.asyncio
 from standardwebhooks import Webhook
 
 from app import broker, lifecycle
+from app import relay as relays
 from app.broker import Broker
 from app.core import errors
 from app.core.config import Settings
@@ -195,6 +196,22 @@ async def test_an_expired_task_tells_celery_s_waiters(relay: Relay, db: Database
 
     assert await relay.expire("default") == 1
     assert await plain.exists(f"celery-task-meta-{task_id}")
+
+
+async def test_all_that_has_expired_ends_in_one_sweep_however_much_it_is(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    number = relays.BATCH + 1
+    await db.execute(
+        "INSERT INTO task (id, name, queue, args, kwargs, expires_at)"
+        " SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}', now() FROM generate_series(1, $1::int)",
+        number,
+    )
+
+    await relays._expire(relay, "default")
+
+    assert await db.fetchval("SELECT count(*) FROM task WHERE status = 'REVOKED'") == number
+    assert await plain.dbsize() == number, "everybody who waits is told"
 
 
 async def ended(db: Database, url: str) -> UUID:

@@ -31,6 +31,8 @@ NOTE_SECONDS = 1.0
 """How often the tail of each queue is noted, and lost messages and leases are looked for."""
 GRACE_SECONDS = 10.0
 """How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
+GAP_SECONDS = 3.0
+"""How long after its last answer Postgres counts as connected: beyond it, leases may have run out unheard."""
 BATCH = 500
 EXPORT_SECONDS = 10.0
 PRUNE_SECONDS = 5.0
@@ -67,6 +69,7 @@ class Relay:
     grace_seconds: float = GRACE_SECONDS
     notes: dict[str, deque[Note]] = field(default_factory=dict)
     connected_since: float | None = None
+    answered_at: float = 0.0
     sending: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def publish_due(self, queue: str) -> int:
@@ -134,16 +137,25 @@ class Relay:
     async def reap(self, queue: str) -> int:
         """End or retry attempts whose lease ran out, once this relay has been connected for a lease."""
         lease = self.settings.lease_seconds
-        if self.connected_since is None or time.monotonic() - self.connected_since < lease:
+        if not self._connected_for(lease):
             return 0
         reaped = []
-        for claim, spent in await lifecycle.expired_leases(self.db, queue, lease_seconds=lease, limit=BATCH):
+        expired = await lifecycle.expired_leases(self.db, queue, lease_seconds=lease, limit=BATCH)
+        # Asked again: the question itself may have waited for the network, and the renewals beside it.
+        for claim, spent in expired if self._connected_for(lease) else ():
             settled = await lifecycle.reap(self.db, claim, lifecycle.decide(spent, lifecycle.Lost()))
             if settled is not None:
                 log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
                 reaped.append(settled)
         await publisher.announce_ends(self.broker, [one.ended for one in reaped if one.ended is not None])
         return len(reaped)
+
+    def _connected_for(self, seconds: float) -> bool:
+        """Whether Postgres has answered without a gap for so long, and did just now."""
+        now = time.monotonic()
+        if self.connected_since is None or now - self.answered_at > GAP_SECONDS:
+            return False
+        return now - self.connected_since >= seconds
 
     async def expire(self, queue: str) -> int:
         """End waiting tasks whose time has passed."""
@@ -217,8 +229,10 @@ class Relay:
             self.connected_since = None
             self.notes.clear()
             raise
-        if self.connected_since is None:
-            self.connected_since = time.monotonic()
+        now = time.monotonic()
+        if self.connected_since is None or now - self.answered_at > GAP_SECONDS:
+            self.connected_since = now
+        self.answered_at = now
 
 
 async def _every(seconds: float, sweep: Callable[[], Awaitable[object]], what: str) -> None:

@@ -51,7 +51,15 @@ async def relay(db: Database, postgres_url: str, redis_url: str) -> AsyncIterato
     )
     wire = Broker(redis_url, client_name="test")
     async with Sender.from_settings(settings) as sender:
-        yield Relay(settings, db, wire, sender, grace_seconds=0.0, connected_since=time.monotonic() - 60)
+        yield Relay(
+            settings,
+            db,
+            wire,
+            sender,
+            grace_seconds=0.0,
+            connected_since=time.monotonic() - 60,
+            answered_at=time.monotonic() + 600,
+        )
     await wire.close()
 
 

@@ -1,5 +1,6 @@
 """The real processes of the service, on the servers of a test."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import httpx
 import psutil
 
@@ -82,14 +84,19 @@ def _command(process: psutil.Process) -> list[str]:
 class Service:
     """API, worker and relay on one database and one Redis."""
 
-    def __init__(self, environment: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], directory: Path, changes: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
+        """Describe it; nothing is started. `changes` are variables that one command sees otherwise."""
         self.environment = {"TASKQUEUE_DATA_DIR": str(directory), **environment}
         self.directory = directory
+        self.changes = changes or {}
         self.processes: list[Process] = []
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{environment['PORT']}", timeout=10)
 
     def start(self, command: str, **changes: str) -> Process:
-        process = Process(command, {**self.environment, **changes}, self.directory)
+        environment = {**self.environment, **self.changes.get(command, {}), **changes}
+        process = Process(command, environment, self.directory)
         self.processes.append(process)
         return process
 
@@ -103,7 +110,21 @@ class Service:
             beats = all((self.directory / "run" / f"{name}.beat").exists() for name in ("worker", "relay"))
             return beats and self.ready()
 
-        wait_until(works, START_SECONDS, "the start of the service")
+        try:
+            wait_until(works, START_SECONDS, "the start of the service")
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n{self.logs()}") from None
+
+    def start_worker(self, **changes: str) -> Process:
+        """Start a worker in place of those that run, and wait until it works."""
+        for process in self.processes:
+            if process.command == "worker":
+                process.stop()
+        beat = self.directory / "run" / "worker.beat"
+        beat.unlink(missing_ok=True)
+        started = self.start("worker", **changes)
+        wait_until(beat.exists, START_SECONDS, "the worker's start")
+        return started
 
     def ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -143,6 +164,35 @@ class Service:
         self.reaches(task_id, "SUCCESS", "FAILURE", "REVOKED", seconds=seconds)
         return self.view(task_id)
 
+    def value(self, sql: str, *args: object) -> Any:
+        """Ask Postgres itself: the first column of the first row."""
+
+        async def ask() -> object:
+            connection = await asyncpg.connect(self.environment["DATABASE_URL"])
+            try:
+                return await connection.fetchval(sql, *args)
+            finally:
+                await connection.close()
+
+        return asyncio.run(ask())
+
+    def execute(self, statements: str) -> None:
+        """Have Postgres do several things at once."""
+
+        async def run() -> None:
+            connection = await asyncpg.connect(self.environment["DATABASE_URL"])
+            try:
+                await connection.execute(statements)
+            finally:
+                await connection.close()
+
+        asyncio.run(run())
+
+    def child_of(self, task_id: UUID) -> psutil.Process:
+        """The pool child that last claimed a task."""
+        worker = str(self.value("SELECT worker FROM task WHERE id = $1", task_id))
+        return psutil.Process(int(worker.rpartition("/")[2]))
+
     def logs(self) -> str:
         return "\n".join(f"--- {one.command}\n{one.log.read_text()}" for one in self.processes)
 
@@ -153,9 +203,11 @@ class Service:
 
 
 @contextlib.contextmanager
-def service(environment: Mapping[str, str], directory: Path) -> Iterator[Service]:
+def service(
+    environment: Mapping[str, str], directory: Path, changes: Mapping[str, Mapping[str, str]] | None = None
+) -> Iterator[Service]:
     """A service that is ended with the block."""
-    one = Service(environment, directory)
+    one = Service(environment, directory, changes)
     try:
         yield one
     finally:

@@ -14,13 +14,7 @@ from tests.support.waiting import wait_until
 @pytest.fixture
 def worker(running: Service) -> Iterator[Process]:
     """A worker of this test alone, which it may end."""
-    beat = running.directory / "run" / "worker.beat"
-    for process in running.processes:
-        if process.command == "worker":
-            process.stop()
-    beat.unlink(missing_ok=True)
-    started = running.start("worker")
-    wait_until(beat.exists, 30, "the worker's start")
+    started = running.start_worker()
     yield started
     started.stop()
 
@@ -72,20 +66,25 @@ def test_a_task_that_outlives_the_grace_runs_elsewhere_within_seconds_at_no_cost
     assert "lost" not in worker.log.read_text()
 
 
-def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(running: Service, worker: Process) -> None:
+def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(running: Service) -> None:
+    worker = running.start_worker(TASKQUEUE_LEASE_SECONDS="30")
     task_id = running.submit("sample.sleep", 3.0, time_limit=60.0)
     running.reaches(task_id, "STARTED")
-    successor = running.start("worker", TASKQUEUE_LEASE_SECONDS="30")
+    children = worker.children()
+    successor = running.start("worker")
     try:
         began = time.monotonic()
         worker.signal(signal.SIGKILL)
         wait_until(lambda: running.view(task_id)["attempt"] == 2, 8, "the second attempt")
         assert time.monotonic() - began < 5
-        assert running.ends(task_id)["status"] == "SUCCESS"
+        view = running.ends(task_id)
     finally:
         successor.stop()
 
-    wait_until(lambda: not worker.children(), 5, "the end of its children")
+    assert (view["status"], view["attempt"], view["failures"]) == ("SUCCESS", 2, 0)
+    spent = running.value("SELECT ARRAY[losses, crashes] FROM task WHERE id = $1", task_id)
+    assert spent == [1, 0], "a fault of ours, not the task's"
+    wait_until(lambda: not any(map(_alive, children)), 5, "the end of its children")
 
 
 def test_a_worker_killed_with_its_keeper_is_missed_when_its_lease_ends(running: Service, worker: Process) -> None:

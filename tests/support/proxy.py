@@ -1,0 +1,157 @@
+"""A network between a client and a server on loopback, which a test can cut.
+
+    with proxied(postgres_url) as network:
+        client = connect(network.url)
+        network.cut()
+        network.restore()
+
+It knows nothing of what it carries, so it stands in front of Postgres and Redis alike.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from app.dev import ports
+
+CHUNK_BYTES = 65_536
+DEADLINE_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+class Proxy:
+    """A TCP proxy with an event loop and a thread of its own. Every method may be called from any thread.
+
+    Attributes:
+        port: where clients connect; the same over cuts.
+        url: the server's URL, by way of the proxy.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Stand in front of the server that `url` names, which need not run yet."""
+        parts = urlsplit(url)
+        self._target = parts.hostname or ports.ADDRESS, parts.port or 0
+        [self.port] = ports.free_ports(1)
+        credentials, at, _ = parts.netloc.rpartition("@")
+        self.url = urlunsplit(parts._replace(netloc=f"{credentials}{at}{ports.ADDRESS}:{self.port}"))
+        self._door = self._bound()
+        self._accepting: asyncio.Task[None] | None = None
+        self._carried: set[asyncio.Task[None]] = set()
+        self._flows = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._thread.start()
+        self.restore()
+
+    def cut(self) -> None:
+        """Close every connection, and refuse new ones, as when the server's machine has no such process."""
+        self._run(self._cut())
+
+    def black_hole(self) -> None:
+        """Keep every connection and accept new ones, but forward nothing, as when packets are dropped on the way."""
+        self._run(self._stop_the_flow())
+
+    def restore(self, *, revive: bool = True) -> None:
+        """Be a network again.
+
+        Args:
+            revive: after a black hole, deliver what was held, as TCP does when packets get through again.
+                If false, the connections that were in it stay silent for ever, as when a middlebox has
+                forgotten them; only new ones work.
+        """
+        self._run(self._restore(revive))
+
+    def close(self) -> None:
+        """End it. Repeating it does nothing."""
+        if self._loop.is_closed():
+            return
+        self.cut()
+        self._door.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(DEADLINE_SECONDS)
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE_SECONDS)
+
+    def _bound(self) -> socket.socket:
+        """A socket that has the port, so that nobody else gets it, and does not listen: connections are refused."""
+        door = socket.socket()
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.setblocking(False)
+        door.bind((ports.ADDRESS, self.port))
+        return door
+
+    async def _cut(self) -> None:
+        if self._accepting is not None:
+            await _cancelled(self._accepting)
+            self._accepting = None
+            self._door.close()
+            self._door = self._bound()
+        await _cancelled(*self._carried)
+
+    async def _stop_the_flow(self) -> None:
+        self._flows.clear()
+
+    async def _restore(self, revive: bool) -> None:
+        if revive:
+            self._flows.set()
+        else:
+            # Those in the old hole go on waiting for an event that nobody sets any more.
+            self._flows = asyncio.Event()
+            self._flows.set()
+        if self._accepting is None:
+            self._door.listen(128)
+            self._accepting = asyncio.create_task(self._accept())
+
+    async def _accept(self) -> None:
+        while True:
+            client, _ = await self._loop.sock_accept(self._door)
+            task = asyncio.create_task(self._carry(client, self._flows))
+            self._carried.add(task)
+            task.add_done_callback(self._carried.discard)
+
+    async def _carry(self, client: socket.socket, flows: asyncio.Event) -> None:
+        with client, socket.socket() as server, contextlib.suppress(OSError):
+            for end in (client, server):
+                end.setblocking(False)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await flows.wait()
+            await self._loop.sock_connect(server, self._target)
+            pumps = [
+                asyncio.create_task(self._pump(client, server, flows)),
+                asyncio.create_task(self._pump(server, client, flows)),
+            ]
+            try:
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await _cancelled(*pumps)
+
+    async def _pump(self, source: socket.socket, sink: socket.socket, flows: asyncio.Event) -> None:
+        """Carry bytes one way until that way ends; in a black hole not even its end is heard of."""
+        data = b"more"
+        while data:
+            data = await self._loop.sock_recv(source, CHUNK_BYTES)
+            await flows.wait()
+            await self._loop.sock_sendall(sink, data)
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def proxied(url: str) -> Iterator[Proxy]:
+    """A proxy in front of the server that `url` names, for as long as the block runs."""
+    proxy = Proxy(url)
+    try:
+        yield proxy
+    finally:
+        proxy.close()

@@ -158,7 +158,10 @@ class TaskDecorator:
                 autoretry_for=autoretry_for,
                 retry_backoff=retry_backoff,
                 retry_backoff_max=retry_backoff_max,
-                retry_jitter=retry_jitter,
+                # Celery computes the cap and calls `retry`; the jitter under it is ours (`DurableTask.retry`).
+                retry_jitter=False,
+                retry_kwargs={"automatic": True},
+                full_jitter=retry_jitter,
             )(function)
             return cast(DurableFunction[P, R], made)
 

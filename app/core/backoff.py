@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 
 LOST_WORKER_CAP_SECONDS = 60.0
+PICK_UP_SECONDS = 0.25
+"""From when a task is due until a worker has it, as a rule."""
 
 
 def lost_worker_wait(losses: int) -> float:
@@ -15,6 +17,14 @@ def lost_worker_wait(losses: int) -> float:
     if losses <= 1:
         return 0.0
     return float(min(2.0 ** (losses - 2), LOST_WORKER_CAP_SECONDS))
+
+
+def full_jitter(cap_seconds: float) -> float:
+    """Seconds to wait before a retry: anything up to the cap, less what it takes until a due task is picked up.
+
+    Whole seconds, as Celery draws them, would bring the tasks of one failure back together.
+    """
+    return random.uniform(0.0, max(0.0, cap_seconds - PICK_UP_SECONDS))  # noqa: S311  # jitter is no secret
 
 
 def reconnect_wait(failures: int, *, cap_seconds: float = 2.0) -> float:

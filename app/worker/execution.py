@@ -27,7 +27,7 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
 
 from app import broker, db, lifecycle, publisher
-from app.core import errors
+from app.core import backoff, errors
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, signals
 from app.worker.slots import Running, Slots
@@ -75,6 +75,7 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
 
     abstract = True
     entry: ClassVar[Declared | None] = None
+    full_jitter: ClassVar[bool] = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function: for a message, as an attempt of its row; called directly, as a plain function."""
@@ -99,6 +100,8 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         eta: datetime | None = None,
         countdown: float | None = None,
         max_retries: int | None = None,
+        *,
+        automatic: bool = False,
         **options: Any,
     ) -> Any:
         """End this attempt and ask for another; nothing is published, the row gets a `run_at`.
@@ -113,6 +116,7 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
             eta: when to run again; or `countdown` seconds from now; else `default_retry_delay`.
             countdown: seconds from now.
             max_retries: fewer retries than the task has, for this cause.
+            automatic: set for `autoretry_for`, whose countdown is the cap under which the wait is drawn.
             options: not supported.
         """
         if args is not None or kwargs is not None or options:
@@ -123,6 +127,8 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         if eta is not None:
             aware = eta if eta.tzinfo is not None else eta.replace(tzinfo=UTC)
             countdown = (aware - datetime.now(UTC)).total_seconds()
+        if automatic and self.full_jitter and countdown is not None:
+            countdown = backoff.full_jitter(countdown)
         delay = self.default_retry_delay if countdown is None else countdown
         again = RetryLater(cause, max(0.0, float(delay)), max_retries)
         if throw:

@@ -79,6 +79,14 @@ def test_the_first_lost_worker_costs_no_time_and_each_further_one_costs_more() -
     assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 
+def test_a_retry_waits_anything_under_its_cap_and_is_picked_up_before_it() -> None:
+    waits = [backoff.full_jitter(4) for _ in range(500)]
+
+    assert all(0.0 <= wait <= 3.75 for wait in waits)
+    assert len({round(wait, 3) for wait in waits}) > 300, "not in whole seconds"
+    assert backoff.full_jitter(0) == 0.0
+
+
 def test_reconnecting_waits_under_a_cap_that_grows() -> None:
     assert all(0.0 <= backoff.reconnect_wait(failures) <= 2.0 for failures in range(50))
     assert max(backoff.reconnect_wait(0) for _ in range(50)) <= 0.1

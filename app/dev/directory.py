@@ -29,8 +29,13 @@ def remembered(path: Path, make: Callable[[], str]) -> str:
     with contextlib.suppress(FileNotFoundError):
         return path.read_text()
     value = make()
+    keep(path, value)
+    return value
+
+
+def keep(path: Path, text: str) -> None:
+    """Write a file that only its owner reads, whole or not at all."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.touch(mode=0o600)
-    unfinished.write_text(value)
+    unfinished.write_text(text)
     unfinished.rename(path)
-    return value

@@ -3,6 +3,7 @@
 import base64
 import os
 import secrets
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ DEFAULTS: Mapping[str, str] = {
     "TASKQUEUE_LOG_FORMAT": "console",
 }
 """Development's own defaults, each for a variable that the user has not set."""
+
+ENVIRONMENT_FILE = "env"
+"""Where the data directory holds the settings in force, for programs beside the service."""
 
 METRICS_PORT = "TASKQUEUE_METRICS_PORT"
 
@@ -77,12 +81,20 @@ def plan(user: Mapping[str, str]) -> Plan:
         "TASKQUEUE_WEBHOOK_SECRET": directory.remembered(home / "webhook-secret", _webhook_secret),
         "TASKQUEUE_SECRET_KEY": directory.remembered(home / "secret-key", lambda: secrets.token_urlsafe(48)),
     }
+    environment = {**DEFAULTS, **generated, **user, "TASKQUEUE_DATA_DIR": str(home)}
+    directory.keep(home / ENVIRONMENT_FILE, _as_shell(environment))
     return Plan(
         data_dir=home,
         servers=tuple(servers.values()),
-        environment={**DEFAULTS, **generated, **user, "TASKQUEUE_DATA_DIR": str(home)},
+        environment=environment,
         metrics_ports=_metrics_ports(user.get(METRICS_PORT)),
     )
+
+
+def _as_shell(environment: Mapping[str, str]) -> str:
+    """What a shell reads, so that a Python program beside the service can submit to it."""
+    ours = config.variables()
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(environment.items()) if name in ours)
 
 
 def _metrics_ports(wanted: str | None) -> Mapping[str, int]:

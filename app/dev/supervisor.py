@@ -157,7 +157,7 @@ class Supervisor:
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         url = f"http://{host}:{self._settings.port}"
         self._console.say(f"ready: {url}")
-        for line in _hints(url, self._plan.metrics_ports):
+        for line in _hints(url, self._plan):
             self._console.say(line)
 
     def _signalled(self) -> None:
@@ -237,8 +237,8 @@ async def _answers_ready(address: tuple[str, int]) -> bool:
         return False
 
 
-def _hints(url: str, metrics_ports: Mapping[str, int]) -> list[str]:
-    served = {process: port for process, port in metrics_ports.items() if port}
+def _hints(url: str, plan: environment.Plan) -> list[str]:
+    served = {process: port for process, port in plan.metrics_ports.items() if port}
     metrics = "   ".join(f"{process} http://{ports.ADDRESS}:{port}/metrics" for process, port in served.items())
     return [
         "",
@@ -248,6 +248,8 @@ def _hints(url: str, metrics_ports: Mapping[str, int]) -> list[str]:
         '       -d \'{"webhook_url": "http://127.0.0.1:9000/"}\'',
         f"  curl {url}/api/tasks/<task_id>/status",
         f"  curl {url}/api/tasks/<task_id>/result",
+        f"From Python, with the same settings:  set -a; . {plan.data_dir / environment.ENVIRONMENT_FILE}; set +a",
+        "  .venv/bin/python -c 'from app.worker.tasks import long_task; print(long_task.delay(1).get(timeout=10))'",
         *([f"Metrics: {metrics}"] if metrics else []),
         f"Documentation: {url}/docs   Ctrl-C ends everything; the data stays.",
         "",

@@ -247,6 +247,18 @@ class Broker:
             pipe.publish(key, meta)
             await pipe.execute()
 
+    async def facts(self) -> dict[str, str]:
+        """What the server says of itself: version, memory, and its configuration if it tells. Raises as `publish`."""
+        async with _translated():
+            info = await self._redis.info()
+            try:
+                # One pattern a command: several are an error before Redis 7.
+                told = await self._redis.config_get("maxmemory*") | await self._redis.config_get("appendonly")
+            except redis.exceptions.ResponseError:  # many hosted servers forbid CONFIG
+                told = {}
+        found = {name: info[name] for name in ("redis_version", "used_memory") if name in info}
+        return {str(name): str(value) for name, value in [*found.items(), *told.items()]}
+
     async def ping(self) -> None:
         """One round trip. Raises as `publish`."""
         async with _translated():

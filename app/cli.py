@@ -141,6 +141,23 @@ def _dev() -> int | None:
     return supervisor.run()
 
 
+def _doctor() -> int | None:
+    from app import doctor  # noqa: PLC0415
+
+    return _told(*doctor.report(config.load()))
+
+
+def _verify() -> int | None:
+    from app import doctor  # noqa: PLC0415
+
+    return _told(*doctor.verification(config.load()))
+
+
+def _told(lines: Sequence[str], well: bool) -> int:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0 if well else 1
+
+
 def _config() -> int | None:
     """Print every setting: its variable, its value, and whether it was set."""
     settings = config.load()
@@ -190,6 +207,8 @@ COMMANDS: Mapping[str, tuple[Callable[[], int | None], str]] = {
     "relay": (_relay, "publish what is due, reap what was lost, deliver webhooks"),
     "migrate": (_migrate, "bring the database's tables up to date"),
     "dev": (_dev, "run everything on this machine, with a Redis and a Postgres of its own"),
+    "doctor": (_doctor, "say what in the surroundings would break a promise"),
+    "verify": (_verify, "check the invariants of a live database"),
     "config": (_config, "print the settings in force, secrets masked"),
 }
 

@@ -162,3 +162,17 @@ async def revision(database: Database) -> str | None:
         return None
     found = await database.fetchval("SELECT version_num FROM alembic_version")
     return None if found is None else str(found)
+
+
+_FACTS = """
+SELECT name, setting FROM pg_settings
+ WHERE name IN ('server_version', 'server_version_num', 'fsync', 'full_page_writes', 'synchronous_commit',
+                'synchronous_standby_names', 'max_connections')
+UNION ALL SELECT 'in_recovery', CASE WHEN pg_is_in_recovery() THEN 'on' ELSE 'off' END
+"""
+
+
+async def facts(database: Database) -> dict[str, str]:
+    """What the server says of itself that the promises depend on. Raises as `Database.fetch`."""
+    found = {row["name"]: str(row["setting"]) for row in await database.fetch(_FACTS)}
+    return found | {"revision": await revision(database) or ""}

@@ -6,6 +6,7 @@ past its time. Callers use the names here.
 """
 
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
+from app.lifecycle.invariants import Breach, breaches, invariants
 from app.lifecycle.reads import (
     Place,
     QueueCounts,
@@ -55,6 +56,7 @@ __all__ = [
     "TRANSITIONS",
     "WAITING",
     "Bell",
+    "Breach",
     "Budgets",
     "Cancelled",
     "Claim",
@@ -76,6 +78,7 @@ __all__ = [
     "TaskView",
     "TimedOut",
     "Transition",
+    "breaches",
     "budgets",
     "cancel",
     "claim",
@@ -85,6 +88,7 @@ __all__ = [
     "expire",
     "expired_leases",
     "forget",
+    "invariants",
     "places",
     "prune",
     "queue_counts",

@@ -1,0 +1,86 @@
+import pytest
+
+from app import doctor
+from tests.conftest import settings_for
+
+POSTGRES = {
+    "server_version": "16.1",
+    "server_version_num": "160001",
+    "fsync": "on",
+    "full_page_writes": "on",
+    "synchronous_commit": "on",
+    "synchronous_standby_names": "ANY 1 (a)",
+    "max_connections": "100",
+    "in_recovery": "off",
+    "revision": "0002",
+}
+REDIS = {"redis_version": "7.2.1", "maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": "0"}
+
+
+def levels(found: list[doctor.Finding]) -> list[str]:
+    return [one.level for one in found]
+
+
+def of_postgres(**changes: str) -> list[doctor.Finding]:
+    return doctor.judge_postgres({**POSTGRES, **changes}, needed_revision="0002", concurrency=4)
+
+
+def test_a_sound_postgres_and_a_sound_redis_are_ok() -> None:
+    assert levels(of_postgres()) == ["ok"]
+    assert levels(doctor.judge_redis(REDIS)) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "level"),
+    [
+        ("server_version_num", "140011", "bad"),
+        ("fsync", "off", "bad"),
+        ("full_page_writes", "off", "bad"),
+        ("synchronous_commit", "off", "bad"),
+        ("synchronous_commit", "local", "risk"),
+        ("synchronous_standby_names", "", "risk"),
+        ("max_connections", "22", "bad"),
+        ("in_recovery", "on", "bad"),
+        ("revision", "0001", "bad"),
+        ("revision", "", "bad"),
+    ],
+)
+def test_what_would_break_a_promise_of_postgres_is_named(name: str, value: str, level: str) -> None:
+    found = of_postgres(**{name: value})
+
+    assert level in levels(found)
+    assert all(one.sentence for one in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "level"),
+    [
+        ("redis_version", "6.0.9", "bad"),
+        ("maxmemory-policy", "allkeys-lru", "risk"),
+        ("appendonly", "no", "risk"),
+    ],
+)
+def test_what_would_break_a_promise_of_redis_is_named(name: str, value: str, level: str) -> None:
+    assert level in levels(doctor.judge_redis({**REDIS, name: value}))
+
+
+def test_a_redis_that_is_nearly_full_or_does_not_tell_is_a_risk() -> None:
+    assert "risk" in levels(doctor.judge_redis({**REDIS, "maxmemory": "100", "used_memory": "61"}))
+    assert "risk" in levels(doctor.judge_redis({"redis_version": "7.2.1"}))
+
+
+def test_settings_that_open_doors_are_risks() -> None:
+    closed = settings_for(
+        "postgresql://h/d",
+        "redis://h/0",
+        TASKQUEUE_AUTH_MODE="api-key",
+        TASKQUEUE_SECRET_KEY="k" * 32,
+        TASKQUEUE_SAMPLE_TASKS=False,
+        TASKQUEUE_WEBHOOK_SECRET="whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        TASKQUEUE_WEBHOOK_BLOCKED_CIDRS="10.0.0.0/8",
+    )
+    assert doctor.judge_settings(closed) == []
+    opened = closed.model_copy(
+        update={"auth_mode": "none", "webhook_secrets": (), "webhook_allow_private": True, "sample_tasks": True}
+    )
+    assert levels(doctor.judge_settings(opened)) == ["risk"] * 4

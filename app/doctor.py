@@ -6,7 +6,7 @@ on luck.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,6 +118,13 @@ def judge_settings(settings: Settings) -> list[Finding]:
     return found
 
 
+def judge_queues(unfinished: Collection[str], consumed: Collection[str]) -> list[Finding]:
+    """What it means that these queues have tasks, and those are looked after."""
+    strays = sorted(set(unfinished) - set(consumed))
+    sentence = f"tasks are stuck in queues that TASKQUEUE_QUEUES does not name: {', '.join(strays)}"
+    return [Finding("bad", "Queues", sentence)] if strays else []
+
+
 async def examine(settings: Settings) -> list[Finding]:
     """Everything there is to find. A server that can't be reached is a finding, too."""
     found = judge_settings(settings)
@@ -126,6 +133,8 @@ async def examine(settings: Settings) -> list[Finding]:
     try:
         facts = await db.facts(database)
         found += judge_postgres(facts, needed_revision=migrations.head(), concurrency=settings.concurrency)
+        if facts["revision"]:
+            found += judge_queues(await lifecycle.unfinished_queues(database), settings.queues)
     except errors.DatabaseUnavailable as away:
         found.append(Finding("bad", "Postgres", str(away)))
     try:

@@ -36,6 +36,7 @@ GAP_SECONDS = 3.0
 BATCH = 500
 EXPORT_SECONDS = 10.0
 PRUNE_SECONDS = 5.0
+STRAY_SECONDS = 60.0
 DAY_SECONDS = 86_400.0
 DELIVERIES_AT_ONCE = 100
 DELIVERY_LEASE_SECONDS = 60.0
@@ -71,6 +72,7 @@ class Relay:
     connected_since: float | None = None
     answered_at: float = 0.0
     sending: set[asyncio.Task[None]] = field(default_factory=set)
+    strays: set[str] = field(default_factory=set)
 
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for."""
@@ -193,6 +195,14 @@ class Relay:
             raise
         return len(counts)
 
+    async def look_for_strays(self) -> int:
+        """Say which queues have tasks, and are not among TASKQUEUE_QUEUES: nobody publishes, runs or reaps those."""
+        strays = await lifecycle.unfinished_queues(self.db) - set(self.settings.queues)
+        if strays != self.strays and strays:
+            log.error("tasks are stuck in queues that TASKQUEUE_QUEUES does not name: %s", ", ".join(sorted(strays)))
+        self.strays = strays
+        return len(strays)
+
     async def _push(self, queue: str, bells: list[lifecycle.Bell]) -> None:
         """Push what was stamped; what could not be pushed has its stamp taken back."""
         left = list(bells)
@@ -281,6 +291,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues"),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
+        _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
     ]
     for queue in relay.settings.queues:
         loops += [

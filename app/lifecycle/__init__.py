@@ -20,6 +20,7 @@ from app.lifecycle.reads import (
     result,
     results,
     status,
+    unfinished_queues,
     view,
 )
 from app.lifecycle.retention import forget, prune, was_pruned
@@ -104,6 +105,7 @@ __all__ = [
     "submit",
     "take_due",
     "take_lost",
+    "unfinished_queues",
     "unpublish",
     "view",
     "was_pruned",

@@ -142,6 +142,29 @@ async def queue_counts(db: Database, queues: Sequence[str]) -> list[QueueCounts]
     return [QueueCounts(**dict(row)) for row in await db.fetch(_QUEUE_COUNTS, list(queues))]
 
 
+# One probe for each queue there is, not for each row: from one name to the next, in the indexes that lead with it.
+_UNFINISHED_QUEUES = """
+WITH RECURSIVE found (queue) AS (
+    (SELECT min(queue) FROM task WHERE {condition})
+    UNION ALL
+    SELECT (SELECT min(queue) FROM task WHERE {condition} AND queue > found.queue)
+      FROM found WHERE found.queue IS NOT NULL
+)
+SELECT queue FROM found WHERE queue IS NOT NULL
+"""
+_UNFINISHED = (
+    "status IN ('PENDING', 'RETRY') AND published_at IS NULL",
+    "status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL",
+    "status = 'STARTED'",
+)
+
+
+async def unfinished_queues(db: Database) -> set[str]:
+    """The queues that have tasks which wait or run, whether or not anybody looks after them."""
+    sql = " UNION ".join(f"({_UNFINISHED_QUEUES.format(condition=condition)})" for condition in _UNFINISHED)
+    return {row["queue"] for row in await db.fetch(sql)}
+
+
 # Two counts, because each has an index of its own.
 _COUNT_WAITING = """
 SELECT (SELECT count(*) FROM (SELECT FROM task WHERE status IN ('PENDING', 'RETRY') AND published_at IS NULL

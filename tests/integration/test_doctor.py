@@ -29,6 +29,17 @@ async def test_the_servers_of_a_test_are_examined(settings: Settings) -> None:
     assert all("fsync" in sentence or "full_page_writes" in sentence or "synchronous" in sentence for sentence in bad)
 
 
+async def test_a_database_without_tables_and_a_stray_queue_are_bad(
+    settings: Settings, db: Database, empty_postgres_url: str, redis_url: str
+) -> None:
+    await submitted(db, queue="forgotten")
+    found = await doctor.examine(settings)
+    assert ("bad", "Queues") in {(one.level, one.about) for one in found}
+
+    empty = await doctor.examine(settings_for(empty_postgres_url, redis_url))
+    assert any("run taskqueue migrate" in one.sentence for one in empty)
+
+
 async def test_servers_that_are_away_are_bad_and_no_traceback() -> None:
     away = settings_for("postgresql://nobody@127.0.0.1:1/none", "redis://127.0.0.1:1/0")
 

@@ -274,6 +274,22 @@ async def test_a_receiver_that_never_answers_well_exhausts_the_schedule_and_chan
     assert (view.webhook_status, view.status) == ("exhausted", "SUCCESS")
 
 
+async def test_tasks_in_a_queue_that_nobody_looks_after_are_reported_once(
+    relay: Relay, db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    await submitted(db)
+    await submitted(db, queue="forgotten")
+    await started(db, await submitted(db, queue="left"))
+    await submitted(db, queue="later", delay_seconds=60.0)
+
+    assert await lifecycle.unfinished_queues(db) == {"default", "forgotten", "left", "later"}
+    for _ in range(2):
+        assert await relay.look_for_strays() == 3
+    assert [record.getMessage() for record in caplog.records if "forgotten, later, left" in record.getMessage()] == [
+        "tasks are stuck in queues that TASKQUEUE_QUEUES does not name: forgotten, later, left"
+    ]
+
+
 def _bell(stored: Any) -> lifecycle.Bell:
     return lifecycle.Bell(
         task_id=stored["id"],

@@ -84,3 +84,10 @@ def test_settings_that_open_doors_are_risks() -> None:
         update={"auth_mode": "none", "webhook_secrets": (), "webhook_allow_private": True, "sample_tasks": True}
     )
     assert levels(doctor.judge_settings(opened)) == ["risk"] * 4
+
+
+def test_tasks_in_queues_that_nobody_looks_after_are_bad() -> None:
+    assert doctor.judge_queues({"a", "b"}, ("a", "b", "c")) == []
+    [found] = doctor.judge_queues({"a", "z", "b"}, ("a",))
+    assert found.level == "bad"
+    assert found.sentence.endswith(": b, z")

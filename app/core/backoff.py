@@ -19,6 +19,15 @@ def lost_worker_wait(losses: int) -> float:
     return float(min(2.0 ** (losses - 2), LOST_WORKER_CAP_SECONDS))
 
 
+def refusal_wait(refusals: int) -> float:
+    """Seconds before a task is offered again that this worker could not run, after so many earlier refusals.
+
+    From one second doubling to half a minute, so that a rolling deploy has time to finish. The statement that
+    refuses a task which a worker does not know at all computes the same.
+    """
+    return float(min(2.0**refusals, 30.0))
+
+
 def full_jitter(cap_seconds: float) -> float:
     """Seconds to wait before a retry: anything up to the cap, less what it takes until a due task is picked up.
 

@@ -29,7 +29,7 @@ UPDATE task
             AND run_at <= now() + make_interval(secs => $7)
             AND (expires_at IS NULL OR expires_at > now())
         OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)
-RETURNING queue, args, kwargs, failures, crashes, losses, max_retries, time_limit, traceparent,
+RETURNING queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent,
           GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds
 """
 
@@ -123,6 +123,7 @@ WITH moved AS (
            failures = failures + ($10 = 'failures')::int,
            crashes = crashes + ($10 = 'crashes')::int,
            losses = losses + ($10 = 'losses')::int,
+           refusals = refusals + ($10 = 'refusals')::int,
            token = CASE WHEN $11 THEN token END
      WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED' AND (NOT $12 OR lease_until < now())
     RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at

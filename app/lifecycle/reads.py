@@ -95,7 +95,7 @@ def _status_and_end(row: Record) -> tuple[TaskStatus, Ended | None]:
 
 # `pg_postmaster_start_time`: leases that ran out while Postgres was away ran out for a fault of ours.
 _EXPIRED_LEASES = """
-SELECT id, attempt, token, failures, crashes, losses, max_retries FROM task
+SELECT id, attempt, token, failures, crashes, losses, refusals, max_retries FROM task
  WHERE queue = $1 AND status = 'STARTED' AND lease_until < now()
    AND pg_postmaster_start_time() < now() - make_interval(secs => $2)
  ORDER BY id LIMIT $3
@@ -111,7 +111,7 @@ async def expired_leases(db: Database, queue: str, *, lease_seconds: float, limi
 async def budgets(db: Database, held: Claim) -> Budgets | None:
     """What the task of a claim has spent; None if the claim no longer holds."""
     row = await db.fetchrow(
-        "SELECT failures, crashes, losses, max_retries FROM task"
+        "SELECT failures, crashes, losses, refusals, max_retries FROM task"
         " WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED'",
         held.task_id,
         held.attempt,

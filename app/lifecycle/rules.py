@@ -34,7 +34,7 @@ REFUSAL_BUDGET = 10
 ERROR_TEXT_LIMIT = 16_384
 """Characters of an error's message or traceback that are kept."""
 
-Budget = Literal["failures", "crashes", "losses"]
+Budget = Literal["failures", "crashes", "losses", "refusals"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,7 @@ class Budgets:
     failures: int = 0
     crashes: int = 0
     losses: int = 0
+    refusals: int = 0
     max_retries: int = 3
 
 
@@ -112,6 +113,13 @@ class RetryAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class Misfit:
+    """The arguments don't fit the function as this worker has it: it is older or newer than the submit."""
+
+    error: Error
+
+
+@dataclass(frozen=True, slots=True)
 class TimedOut:
     """The attempt passed its hard time limit."""
 
@@ -138,7 +146,7 @@ class Cancelled:
     """Somebody asked for the task's end, and the attempt stopped, or was stopped."""
 
 
-Outcome = Succeeded | Failed | RetryAsked | TimedOut | Interrupted | Crashed | Lost | Cancelled
+Outcome = Succeeded | Failed | RetryAsked | TimedOut | Interrupted | Crashed | Lost | Cancelled | Misfit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +195,9 @@ def decide(budgets: Budgets, outcome: Outcome) -> Transition:
             crashes = budgets.crashes + 1
             error = Error(type="WorkerLost", message=f"The process that ran the task died ({crashes} times)")
             return _again_or_end(error, "crashes", ends=crashes >= CRASH_BUDGET, wait=2.0 ** (crashes - 1))
+        case Misfit(error):
+            ends = budgets.refusals + 1 >= REFUSAL_BUDGET
+            return _again_or_end(error, "refusals", ends=ends, wait=backoff.refusal_wait(budgets.refusals))
         case Lost():
             losses = budgets.losses + 1
             error = Error(type="WorkerLost", message=f"The worker that ran the task was lost ({losses} times)")
@@ -222,6 +233,7 @@ __all__ = [
     "Failed",
     "Interrupted",
     "Lost",
+    "Misfit",
     "Outcome",
     "RetryAsked",
     "Succeeded",

@@ -121,7 +121,11 @@ class Lease:
 def budgets_of(row: Record) -> Budgets:
     """What a row has spent."""
     return Budgets(
-        failures=row["failures"], crashes=row["crashes"], losses=row["losses"], max_retries=row["max_retries"]
+        failures=row["failures"],
+        crashes=row["crashes"],
+        losses=row["losses"],
+        refusals=row["refusals"],
+        max_retries=row["max_retries"],
     )
 
 

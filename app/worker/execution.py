@@ -28,7 +28,7 @@ from celery.result import AsyncResult
 
 from app import broker, db, lifecycle, publisher
 from app.core import backoff, errors
-from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Outcome, RetryAsked, Succeeded
+from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, signals
 from app.worker.slots import Running, Slots
 
@@ -224,11 +224,14 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
     task.request.retries = claimed.budgets.failures
     _running = _Attempt(claimed, time.monotonic())
     try:
+        arguments = _bound(task, claimed)
         with signals.let_through():
-            result = _call(task, claimed)
+            result = task.run(*arguments.args, **arguments.kwargs)
         return _serialised(result)
     except TaskCancelled:
         return Cancelled()
+    except MisfitError as misfit:
+        return Misfit(Error(type="InvalidArguments", message=str(misfit)))
     except RetryLater as again:
         error = _describe(again.cause) if again.cause else Error(type="Retry", message="The task asked to be retried")
         return RetryAsked(error, again.delay_seconds, again.max_retries)
@@ -240,10 +243,24 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
         _running = None
 
 
-def _call(task: DurableTask, claimed: Claimed) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+class MisfitError(Exception):
+    """The stored arguments don't fit the signature that this worker has."""
+
+
+def _bound(task: DurableTask, claimed: Claimed) -> _Arguments:
+    """The arguments in the types of the signature. They were checked at submit, perhaps by another release."""
     if task.entry is None:
-        return task.run(*json.loads(claimed.args), **json.loads(claimed.kwargs))
-    return task.run(**task.entry.bind(claimed.args, claimed.kwargs))
+        return _Arguments(json.loads(claimed.args), json.loads(claimed.kwargs))
+    try:
+        return _Arguments([], task.entry.bind(claimed.args, claimed.kwargs))
+    except errors.ValidationFailed as invalid:
+        raise MisfitError("; ".join(f"{one.pointer}: {one.detail}" for one in invalid.errors)) from invalid
 
 
 def _serialised(result: Any) -> Outcome:
@@ -264,9 +281,6 @@ def _describe(raised: BaseException) -> Error:
         return Error(type="OutOfMemory", message="The task could not get the memory it asked for")
     if isinstance(raised, SoftTimeLimitExceeded):
         return Error(type="TimeLimitExceeded", message="The task ran longer than its soft limit")
-    if isinstance(raised, errors.ValidationFailed):
-        details = "; ".join(f"{one.pointer}: {one.detail}" for one in raised.errors)
-        return Error(type="InvalidArguments", message=details or raised.detail)
     return Error(
         type=type(raised).__name__,
         message=_attempted(lambda: str(raised)) or "",
@@ -303,7 +317,7 @@ def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None)
     if settled is None:
         log.info("%s %s attempt %d was superseded", claimed.name, task_id, attempt)
         return
-    error = outcome.error if isinstance(outcome, Failed | RetryAsked) else None
+    error = outcome.error if isinstance(outcome, Failed | RetryAsked | Misfit) else None
     reason = f" ({error.type})" if error else ""
     log.info("%s %s attempt %d ended %s%s", claimed.name, task_id, attempt, settled.status, reason)
     if settled.ended is not None:

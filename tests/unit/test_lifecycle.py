@@ -14,6 +14,7 @@ from app.lifecycle import (
     Failed,
     Interrupted,
     Lost,
+    Misfit,
     Outcome,
     RetryAsked,
     Succeeded,
@@ -38,6 +39,9 @@ OUTCOMES: list[tuple[Budgets, Outcome, str, str | None, str | None]] = [
     (Budgets(), TimedOut(2.0), "FAILURE", "failures", "TimeLimitExceeded"),
     (Budgets(failures=3, crashes=2, losses=9), Interrupted(), "PENDING", None, None),
     (Budgets(), Cancelled(), "REVOKED", None, "Cancelled"),
+    (Budgets(), Misfit(BOOM), "RETRY", "refusals", "ValueError"),
+    (Budgets(refusals=8), Misfit(BOOM), "RETRY", "refusals", "ValueError"),
+    (Budgets(refusals=9), Misfit(BOOM), "FAILURE", "refusals", "ValueError"),
     (Budgets(), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=1), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=2), Crashed(), "FAILURE", "crashes", "WorkerLost"),
@@ -85,6 +89,10 @@ def test_a_retry_waits_anything_under_its_cap_and_is_picked_up_before_it() -> No
     assert all(0.0 <= wait <= 3.75 for wait in waits)
     assert len({round(wait, 3) for wait in waits}) > 300, "not in whole seconds"
     assert backoff.full_jitter(0) == 0.0
+
+
+def test_a_refused_task_waits_longer_each_time_up_to_half_a_minute() -> None:
+    assert [backoff.refusal_wait(refusals) for refusals in range(7)] == [1, 2, 4, 8, 16, 30, 30]
 
 
 def test_reconnecting_waits_under_a_cap_that_grows() -> None:

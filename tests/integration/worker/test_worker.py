@@ -233,6 +233,17 @@ def test_a_task_that_this_worker_does_not_know_is_handed_back(running: Service, 
     assert running.process("worker").running()
 
 
+def test_arguments_of_another_release_are_tried_elsewhere_and_run_when_they_fit(running: Service) -> None:
+    task_id = running.submit("sample.echo", 1, countdown=3600)
+    running.value("""UPDATE task SET kwargs = '{"colour": "red"}', run_at = now() WHERE id = $1""", task_id)
+    wait_until(lambda: running.value("SELECT refusals >= 2 FROM task WHERE id = $1", task_id), what="two refusals")
+    view = running.view(task_id)
+    assert (view["status"], view["error"]["type"], view["failures"]) == ("RETRY", "InvalidArguments", 0)
+
+    running.value("UPDATE task SET kwargs = '{}', run_at = now() WHERE id = $1", task_id)
+    assert running.ends(task_id)["status"] == "SUCCESS"
+
+
 def test_a_dead_keeper_is_replaced_and_the_task_that_ran_is_not_disturbed(running: Service) -> None:
     worker = running.process("worker")
     task_id = running.submit("sample.sleep", 6.0)

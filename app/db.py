@@ -48,10 +48,21 @@ async def _keep_as_it_is(_: Any) -> None:
 
 
 class Database:
-    """A pool of connections to one Postgres. Connections are made on demand and replaced when they break."""
+    """A pool of connections to one Postgres. Connections are made on demand and replaced when they break.
 
-    def __init__(self, dsn: str, *, max_connections: int, application_name: str) -> None:
+    `patience_seconds` is how long a statement may take, and how long a connection is waited for.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        max_connections: int,
+        application_name: str,
+        patience_seconds: float = STATEMENT_TIMEOUT_SECONDS,
+    ) -> None:
         self._dsn = dsn
+        self._patience = patience_seconds
         self._max_connections = max_connections
         self._application_name = application_name
         self._pool: asyncpg.Pool[Record] | None = None
@@ -66,23 +77,23 @@ class Database:
             StatementRefused: if it breaks a constraint, or its data can't be stored. Nothing was applied.
         """
         async with self._connection() as connection:
-            return list(await connection.fetch(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS))
+            return list(await connection.fetch(sql, *args, timeout=self._patience))
 
     async def fetchrow(self, sql: str, *args: object) -> Record | None:
         """The first row of one statement, or None. Raises as `fetch`."""
         async with self._connection() as connection:
-            row: Record | None = await connection.fetchrow(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS)
+            row: Record | None = await connection.fetchrow(sql, *args, timeout=self._patience)
             return row
 
     async def fetchval(self, sql: str, *args: object) -> Any:
         """The first column of the first row, or None. Raises as `fetch`."""
         async with self._connection() as connection:
-            return await connection.fetchval(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS)
+            return await connection.fetchval(sql, *args, timeout=self._patience)
 
     async def execute(self, sql: str, *args: object) -> str:
         """Run one statement for its effect; returns the command tag. Raises as `fetch`."""
         async with self._connection() as connection:
-            return str(await connection.execute(sql, *args, timeout=STATEMENT_TIMEOUT_SECONDS))
+            return str(await connection.execute(sql, *args, timeout=self._patience))
 
     async def ping(self) -> None:
         """One round trip. Raises as `fetch`."""
@@ -98,7 +109,7 @@ class Database:
     async def _connection(self) -> AsyncIterator[Any]:
         try:
             pool = await self._opened()
-            connection = await pool.acquire(timeout=STATEMENT_TIMEOUT_SECONDS)
+            connection = await pool.acquire(timeout=self._patience)
         except _AWAY as away:
             raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(away).__name__})") from away
         try:
@@ -122,7 +133,7 @@ class Database:
                     min_size=0,
                     max_size=self._max_connections,
                     max_inactive_connection_lifetime=0,
-                    timeout=CONNECT_TIMEOUT_SECONDS,
+                    timeout=min(CONNECT_TIMEOUT_SECONDS, self._patience),
                     reset=_keep_as_it_is,
                     server_settings={
                         "application_name": self._application_name,

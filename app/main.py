@@ -13,6 +13,7 @@ from app.backlog import Backlog
 from app.broker import Broker
 from app.core import errors, metrics, telemetry
 from app.core.config import Settings
+from app.core.stopping import stop
 from app.db import Database
 from app.publisher import Publisher
 from app.routers import health, problems, tasks
@@ -79,9 +80,9 @@ class _Lifespan:
             broker = Broker(settings.redis_url.get_secret_value(), client_name=APPLICATION_NAME)
             stack.push_async_callback(broker.close)
             publisher = Publisher(db, broker)
-            stack.push_async_callback(_stop, asyncio.create_task(_keep_ringing(publisher)))
+            stack.push_async_callback(stop, asyncio.create_task(_keep_ringing(publisher)))
             backlog = Backlog(db, cap=settings.max_backlog)
-            stack.push_async_callback(_stop, asyncio.create_task(backlog.run()))
+            stack.push_async_callback(stop, asyncio.create_task(backlog.run()))
             yield State(
                 settings=settings,
                 db=db,
@@ -100,8 +101,3 @@ async def _keep_ringing(publisher: Publisher) -> None:
         except Exception:
             log.exception("the publisher stopped; it starts again")
         await asyncio.sleep(RING_AGAIN_SECONDS)
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -17,6 +17,7 @@ from itertools import islice
 from app import db, lifecycle
 from app.broker import Broker
 from app.core import errors
+from app.core.stopping import stop
 
 DEPTH_CAP = 50_000
 """Messages in one queue beyond which rows wait in Postgres: Redis's memory is bounded, the backlog is not."""
@@ -62,8 +63,7 @@ class Publisher:
                 self._rung.clear()
                 await self.flush()
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            await stop(watch)
             await self.flush()
             await asyncio.gather(*self._announcing, return_exceptions=True)
 

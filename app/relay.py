@@ -20,7 +20,7 @@ from typing import Any
 
 from app import db, delivery, lifecycle, publisher
 from app.broker import END_OF_LINE, Broker
-from app.core import errors, metrics, telemetry
+from app.core import errors, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
 from app.utils.webhook import Sender
@@ -276,9 +276,7 @@ async def serve(settings: Settings) -> None:
         relay = Relay(settings, database, broker, sender)
         loops = [asyncio.create_task(one) for one in _loops(relay)]
         await stop.wait()
-        for one in loops:
-            one.cancel()
-        await asyncio.gather(*loops, return_exceptions=True)
+        await stopping.stop(*loops)
         if relay.sending:
             await asyncio.wait(relay.sending, timeout=settings.grace_seconds / 2)
     await broker.close()

@@ -31,9 +31,9 @@ from uuid import UUID
 
 from app import db, lifecycle, publisher
 from app.broker import Broker
-from app.core import config, errors, metrics, telemetry
+from app.core import config, errors, metrics, stopping, telemetry
 from app.core.config import Settings
-from app.db import Database
+from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
 from app.worker.slots import Slot, Slots
 
@@ -67,7 +67,13 @@ class Keeper:
         self._settings = settings
         self._slots = slots
         self._worker_pid = worker_pid
-        self._db = Database(settings.postgres_dsn, max_connections=1, application_name="taskqueue-keeper")
+        self._db = Database(
+            settings.postgres_dsn,
+            max_connections=1,
+            application_name="taskqueue-keeper",
+            # A renewal that hangs in a dead connection must be given up while there is still time for another.
+            patience_seconds=max(1.0, min(STATEMENT_TIMEOUT_SECONDS, settings.lease_seconds / 3)),
+        )
         self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
         self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
         self._unheld: set[Claim] = set()
@@ -87,8 +93,7 @@ class Keeper:
             if not self._worker_lives():
                 await self._settle_the_rest()
         finally:
-            for task in (commands, renewals, metrics_server, *self._busy.values()):
-                task.cancel()
+            await stopping.stop(commands, renewals, metrics_server, *self._busy.values())
             await self._broker.close()
             await self._db.close()
 

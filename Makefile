@@ -32,6 +32,10 @@ run: $(VENV)/.embedded ## Run everything here; Ctrl-C ends it. PORT and TASKQUEU
 test: $(VENV)/.dev ## Run every test that needs no cluster
 	@exec $(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
 
+.PHONY: test-faults
+test-faults: $(VENV)/.dev ## Run every fault against real processes, one after another; FAULTS_SEED repeats a run
+	@exec $(BIN)/python -m pytest tests/faults -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
+
 .PHONY: check
 check: $(VENV)/.dev ## Lint, formatting, types, import contracts
 	@$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import pytest
 
 from app import migrations
 from app.core.config import Settings, variables
+from tests.faults import audit
 from tests.support import servers
 from tests.support.servers import Servers, SessionServers
 
@@ -22,6 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[SESSION_SERVERS].close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the lines of the fault table, wherever their tests ran."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    lines = [text for report in reports for name, text in getattr(report, "user_properties", ()) if name == "fault"]
+    if lines:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(audit.HEADER)
+        for line in dict.fromkeys(lines):
+            terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,7 +13,8 @@ import contextlib
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from app.dev import ports
@@ -22,6 +23,31 @@ CHUNK_BYTES = 65_536
 DEADLINE_SECONDS = 10.0
 
 T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class Trap:
+    """What waits for bytes on their way, and keeps them from arriving.
+
+    Attributes:
+        wanted: the bytes, as they stand in one packet.
+        sender: whose packets are looked at.
+        then: what becomes of the connection that carried them: `cut` closes it, `silence` keeps it and carries
+            nothing more that way.
+        sprung: set once it has done so; it does so once.
+    """
+
+    wanted: bytes
+    sender: Literal["client", "server"]
+    then: Literal["cut", "silence"]
+    sprung: threading.Event = field(default_factory=threading.Event)
+
+    def catches(self, data: bytes, sender: str) -> bool:
+        """Whether these bytes are the ones, for the first time."""
+        if sender != self.sender or self.wanted not in data or self.sprung.is_set():
+            return False
+        self.sprung.set()
+        return True
 
 
 class Proxy:
@@ -42,6 +68,7 @@ class Proxy:
         self._door = self._bound()
         self._accepting: asyncio.Task[None] | None = None
         self._carried: set[asyncio.Task[None]] = set()
+        self._traps: list[Trap] = []
         self._flows = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -65,6 +92,12 @@ class Proxy:
                 forgotten them; only new ones work.
         """
         self._run(self._restore(revive))
+
+    def trap(self, wanted: bytes, *, sender: Literal["client", "server"], then: Literal["cut", "silence"]) -> Trap:
+        """Lose the first packet from now on that holds these bytes, and the connection that carries it."""
+        trap = Trap(wanted, sender, then)
+        self._traps.append(trap)
+        return trap
 
     def close(self) -> None:
         """End it. Repeating it does nothing."""
@@ -124,20 +157,25 @@ class Proxy:
             await flows.wait()
             await self._loop.sock_connect(server, self._target)
             pumps = [
-                asyncio.create_task(self._pump(client, server, flows)),
-                asyncio.create_task(self._pump(server, client, flows)),
+                asyncio.create_task(self._pump(client, server, flows, "client")),
+                asyncio.create_task(self._pump(server, client, flows, "server")),
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await _cancelled(*pumps)
 
-    async def _pump(self, source: socket.socket, sink: socket.socket, flows: asyncio.Event) -> None:
+    async def _pump(self, source: socket.socket, sink: socket.socket, flows: asyncio.Event, sender: str) -> None:
         """Carry bytes one way until that way ends; in a black hole not even its end is heard of."""
         data = b"more"
         while data:
             data = await self._loop.sock_recv(source, CHUNK_BYTES)
             await flows.wait()
+            for trap in self._traps:
+                if trap.catches(data, sender):
+                    if trap.then == "cut":
+                        return
+                    await asyncio.Event().wait()  # for ever: until the connection is cut
             await self._loop.sock_sendall(sink, data)
 
 

@@ -20,8 +20,8 @@ from typing import Literal
 from uuid import UUID
 
 from app.core import backoff
+from app.core.statuses import DeliveryStatus
 from app.db import Database
-from app.models import DeliveryStatus
 from app.utils import webhook
 from app.utils.webhook import Outcome, Receipt
 

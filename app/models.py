@@ -31,37 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import Field, SQLModel
 
-
-class TaskStatus(StrEnum):
-    """The six public statuses, in Celery's own words."""
-
-    PENDING = "PENDING"
-    """Not claimed yet, or handed back by a worker that stopped."""
-    STARTED = "STARTED"
-    """A worker holds its lease."""
-    RETRY = "RETRY"
-    """An attempt was spent; it runs again when `run_at` has come."""
-    SUCCESS = "SUCCESS"
-    FAILURE = "FAILURE"
-    REVOKED = "REVOKED"
-    """Cancelled, or expired before it ran."""
-
-
-WAITING = frozenset({TaskStatus.PENDING, TaskStatus.RETRY})
-TERMINAL = frozenset({TaskStatus.SUCCESS, TaskStatus.FAILURE, TaskStatus.REVOKED})
-
-
-class DeliveryStatus(StrEnum):
-    """What became of a webhook."""
-
-    PENDING = "pending"
-    """To be sent when `next_at` has come."""
-    DELIVERING = "delivering"
-    """A relay holds its lease and is sending it."""
-    DELIVERED = "delivered"
-    EXHAUSTED = "exhausted"
-    """Every attempt of the schedule failed, or the receiver can never be reached."""
-
+from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus
 
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
 """Publish positions: each message's place in line, so that a lost one is missed."""

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
-from app.models import TaskStatus
+from app.core.statuses import TaskStatus
 
 YEAR_SECONDS = 31_536_000
 DAY_SECONDS = 86_400

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from app.core.statuses import TERMINAL, TaskStatus
 from app.db import Database, Record
 from app.lifecycle.rules import Budgets, Claim, Error
 from app.lifecycle.values import Ended, budgets_of, ended_of
-from app.models import TERMINAL, TaskStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from app.core import backoff
-from app.models import TERMINAL, WAITING, TaskStatus
+from app.core.statuses import TERMINAL, WAITING, TaskStatus
 
 TRANSITIONS: dict[TaskStatus, frozenset[TaskStatus]] = {
     TaskStatus.PENDING: frozenset({TaskStatus.STARTED, TaskStatus.FAILURE, TaskStatus.REVOKED}),

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+from app.core.statuses import TaskStatus
 from app.db import Record
 from app.lifecycle.rules import Budgets, Claim, Error
-from app.models import TaskStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

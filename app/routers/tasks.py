@@ -13,7 +13,7 @@ from app import catalog, lifecycle, schemas
 from app.core import errors, ids, metrics, telemetry
 from app.core.errors import FieldError
 from app.core.fields import field_errors
-from app.models import TaskStatus
+from app.core.statuses import TaskStatus
 from app.routers import body, problems
 from app.routers.state import Resources, State
 from app.utils import guard

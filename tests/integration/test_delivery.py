@@ -12,8 +12,8 @@ import pytest
 
 from app import delivery
 from app.core import errors
+from app.core.statuses import DeliveryStatus
 from app.db import Database
-from app.models import DeliveryStatus
 from app.utils.webhook import Outcome, Receipt
 
 OK = Receipt(outcome=Outcome.SUCCESS, status_code=200)

@@ -12,6 +12,7 @@ from app import lifecycle
 from app.broker import END_OF_LINE
 from app.core import errors, ids
 from app.core.config import Settings
+from app.core.statuses import TaskStatus
 from app.db import Database
 from app.lifecycle import (
     Budgets,
@@ -27,7 +28,6 @@ from app.lifecycle import (
     Succeeded,
     decide,
 )
-from app.models import TaskStatus
 from tests.support.database import events, opened, row, started, submitted
 from tests.support.waiting import until
 

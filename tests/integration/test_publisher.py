@@ -9,10 +9,10 @@ from app import lifecycle
 from app.broker import Broker
 from app.core import ids
 from app.core.config import Settings
+from app.core.statuses import TaskStatus
 from app.db import Database
 from app.dev.embedded import EmbeddedRedis
 from app.dev.running import running
-from app.models import TaskStatus
 from app.publisher import Publisher, announce_end
 from tests.support.database import opened, row
 from tests.support.waiting import until

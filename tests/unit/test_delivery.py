@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app import delivery
 from app.core import config
-from app.models import DeliveryStatus
+from app.core.statuses import DeliveryStatus
 from app.utils.webhook import Outcome, Receipt
 
 SCHEDULE = config.STANDARD_WEBHOOKS_SCHEDULE

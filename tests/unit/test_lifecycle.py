@@ -6,6 +6,7 @@ import pytest
 
 from app import lifecycle
 from app.core import backoff
+from app.core.statuses import TaskStatus
 from app.lifecycle import (
     Budgets,
     Cancelled,
@@ -21,7 +22,6 @@ from app.lifecycle import (
     TimedOut,
     decide,
 )
-from app.models import TaskStatus
 
 BOOM = Error(type="ValueError", message="boom")
 

@@ -12,8 +12,8 @@ import pytest
 
 from app import catalog, cli, schemas
 from app.core import config
+from app.core.statuses import TaskStatus
 from app.dev import environment
-from app.models import TaskStatus
 from app.utils import webhook
 from app.worker import sample_tasks, tasks
 

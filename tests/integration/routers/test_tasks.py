@@ -18,8 +18,8 @@ from app.broker import Broker
 from app.core import metrics
 from app.core.config import Settings
 from app.core.ids import uuid7
+from app.core.statuses import TaskStatus
 from app.db import Database
-from app.models import TaskStatus
 from tests.integration.routers.conftest import Serve
 from tests.support.waiting import until
 

@@ -1,0 +1,38 @@
+"""The words for where a task and a webhook are. The tables and everything that reads a row speak them.
+
+They stand apart from the tables, so that a worker, its keeper and the relay,
+which never map a row to an object, need not load an object mapper to start.
+"""
+
+from enum import StrEnum
+
+
+class TaskStatus(StrEnum):
+    """The six public statuses, in Celery's own words."""
+
+    PENDING = "PENDING"
+    """Not claimed yet, or handed back by a worker that stopped."""
+    STARTED = "STARTED"
+    """A worker holds its lease."""
+    RETRY = "RETRY"
+    """An attempt was spent; it runs again when `run_at` has come."""
+    SUCCESS = "SUCCESS"
+    FAILURE = "FAILURE"
+    REVOKED = "REVOKED"
+    """Cancelled, or expired before it ran."""
+
+
+WAITING = frozenset({TaskStatus.PENDING, TaskStatus.RETRY})
+TERMINAL = frozenset({TaskStatus.SUCCESS, TaskStatus.FAILURE, TaskStatus.REVOKED})
+
+
+class DeliveryStatus(StrEnum):
+    """What became of a webhook."""
+
+    PENDING = "pending"
+    """To be sent when `next_at` has come."""
+    DELIVERING = "delivering"
+    """A relay holds its lease and is sending it."""
+    DELIVERED = "delivered"
+    EXHAUSTED = "exhausted"
+    """Every attempt of the schedule failed, or the receiver can never be reached."""

@@ -36,6 +36,10 @@ test: $(VENV)/.dev ## Run every test that needs no cluster
 test-faults: $(VENV)/.dev ## Run every fault against real processes, one after another; FAULTS_SEED repeats a run
 	@exec $(BIN)/python -m pytest tests/faults -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: $(VENV)/.dev ## Random faults under load for MINUTES (20), then an audit; SOAK_ARGS="--seed N" repeats one
+	@exec $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),20) $(SOAK_ARGS)
+
 .PHONY: check
 check: $(VENV)/.dev ## Lint, formatting, types, import contracts
 	@$(BIN)/ruff check .

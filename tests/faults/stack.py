@@ -414,7 +414,8 @@ class Stack:
         """I8: nothing is left in Redis, connections are as many as they may be, and nobody ended unasked."""
         if self.depth():
             yield f"I8: {self.depth()} messages are left in Redis"
-        most = len(self.workers) * (CONCURRENCY + 1) + len(self.relays) * 8 + API_CONNECTIONS
+        concurrency = int(self.service.environment["TASKQUEUE_CONCURRENCY"])
+        most = len(self.workers) * (concurrency + 1) + len(self.relays) * 8 + API_CONNECTIONS
         [row] = self.fetch("SELECT count(*) AS n FROM pg_stat_activity WHERE application_name LIKE 'taskqueue%'")
         if row["n"] > most:
             yield f"I8: {row['n']} connections to Postgres, of {most}"

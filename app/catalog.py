@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from app.core import errors
+from app.core import errors, limits
 from app.core.config import QUEUE_NAME, TASK_NAME, Settings
 from app.parameters import Parameters
 from app.worker import execution, submission
 
-MAX_RETRIES_LIMIT = 100
 BUILT_IN_MODULE = "app.worker.tasks"
 SAMPLE_MODULE = "app.worker.sample_tasks"
 
@@ -260,7 +259,7 @@ def _option_faults(name: str, queue: str | None, max_retries: int, time_limit: f
         yield "the name must be 1 to 255 letters, digits and _ . - :"
     if queue is not None and not QUEUE_NAME.fullmatch(queue):
         yield "the queue must be 1 to 64 letters, digits and _ . : -"
-    if not 0 <= max_retries <= MAX_RETRIES_LIMIT:
-        yield f"max_retries must be 0 to {MAX_RETRIES_LIMIT}"
+    if not 0 <= max_retries <= limits.MAX_RETRIES:
+        yield f"max_retries must be 0 to {limits.MAX_RETRIES}"
     if time_limit is not None and not time_limit > 0:
         yield "time_limit must be more than 0 seconds"

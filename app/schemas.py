@@ -8,10 +8,8 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
+from app.core import limits
 from app.core.statuses import TaskStatus
-
-YEAR_SECONDS = 31_536_000
-DAY_SECONDS = 86_400
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", flags=re.ASCII)
 
@@ -32,7 +30,7 @@ def _moment(value: object) -> datetime:
 
 def _near(moment: datetime) -> datetime:
     # A bound on what is stored, not a schedule: that goes by Postgres's clock.
-    if not moment <= datetime.now(UTC) + timedelta(seconds=YEAR_SECONDS):
+    if not moment <= datetime.now(UTC) + timedelta(seconds=limits.AHEAD_SECONDS):
         raise PydanticCustomError("moment_far", "Input should be at most a year ahead")
     return moment
 
@@ -40,7 +38,7 @@ def _near(moment: datetime) -> datetime:
 Moment = Annotated[datetime, PlainValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
 """A date and time with a time zone, as UTC."""
 
-Tag = Annotated[str, Field(min_length=1, max_length=64)]
+Tag = Annotated[str, Field(min_length=1, max_length=limits.TAG_LENGTH)]
 
 
 class SubmitRequest(BaseModel):
@@ -65,19 +63,22 @@ class SubmitRequest(BaseModel):
         None, min_length=1, max_length=64, description="Where it waits; the task's own queue unless given."
     )
     countdown: float | None = Field(
-        None, ge=0, le=YEAR_SECONDS, description="Seconds from now until it is due. Not with `eta`."
+        None, ge=0, le=limits.AHEAD_SECONDS, description="Seconds from now until it is due. Not with `eta`."
     )
     eta: Moment | None = Field(None, description="When it is due. Not with `countdown`.")
-    expires: Annotated[float, Field(gt=0, le=YEAR_SECONDS)] | Moment | None = Field(
+    expires: Annotated[float, Field(gt=0, le=limits.AHEAD_SECONDS)] | Moment | None = Field(
         None, description="Seconds from now, or the time, after which it is not worth starting."
     )
     max_retries: int | None = Field(
-        None, ge=0, le=100, description="Runs after a failed first one; the task's own unless given."
+        None, ge=0, le=limits.MAX_RETRIES, description="Runs after a failed first one; the task's own unless given."
     )
     time_limit: float | None = Field(
-        None, gt=0, le=DAY_SECONDS, description="Seconds that one attempt may take; the task's own unless given."
+        None,
+        gt=0,
+        le=limits.TIME_LIMIT_SECONDS,
+        description="Seconds that one attempt may take; the task's own unless given.",
     )
-    tags: list[Tag] = Field([], max_length=20, description="Words to find it by.")
+    tags: list[Tag] = Field([], max_length=limits.TAGS, description="Words to find it by.")
     webhook_url: str | None = Field(
         None, min_length=1, max_length=2048, description="Hears how the task ended, signed (Standard Webhooks)."
     )

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -19,15 +19,11 @@ from celery.result import AsyncResult
 from pydantic_core import to_jsonable_python
 
 from app import lifecycle
-from app.core import errors, ids, telemetry
+from app.core import errors, ids, limits, telemetry
 from app.core.config import Settings
 from app.utils import guard
 from app.worker import bridge
 from app.worker.execution import Declared, DurableTask
-
-MAX_RETRIES = 100
-DAY_SECONDS = 86_400
-YEAR_SECONDS = 31_536_000
 
 MEANINGLESS = frozenset(
     {
@@ -189,17 +185,24 @@ def _admitted(url: str | None, settings: Settings) -> str | None:
 
 
 def _check(new: lifecycle.NewTask) -> None:
-    """The bounds that `schemas` sets for HTTP. Raises ValueError."""
-    if not 0 <= new.max_retries <= MAX_RETRIES:
-        raise ValueError(f"max_retries must be 0 to {MAX_RETRIES}")
+    """The bounds that hold for HTTP as well. Raises ValueError."""
+    ahead = limits.AHEAD_SECONDS
+    if not 0 <= new.max_retries <= limits.MAX_RETRIES:
+        raise ValueError(f"max_retries must be 0 to {limits.MAX_RETRIES}")
     if not 0 <= new.failures <= new.max_retries:
         raise ValueError("retries must be 0 to max_retries")
-    if new.time_limit is not None and not 0 < new.time_limit <= DAY_SECONDS:
-        raise ValueError(f"time_limit must be more than 0 and at most {DAY_SECONDS} seconds")
-    if not -YEAR_SECONDS <= new.delay_seconds <= YEAR_SECONDS:
-        raise ValueError(f"countdown must be at most {YEAR_SECONDS} seconds")
-    if new.expires_in_seconds is not None and not -YEAR_SECONDS <= new.expires_in_seconds <= YEAR_SECONDS:
-        raise ValueError(f"expires must be at most {YEAR_SECONDS} seconds")
+    if new.time_limit is not None and not 0 < new.time_limit <= limits.TIME_LIMIT_SECONDS:
+        raise ValueError(f"time_limit must be more than 0 and at most {limits.TIME_LIMIT_SECONDS} seconds")
+    if not -ahead <= new.delay_seconds <= ahead:
+        raise ValueError(f"countdown must be at most {ahead} seconds")
+    if new.expires_in_seconds is not None and not -ahead <= new.expires_in_seconds <= ahead:
+        raise ValueError(f"expires must be at most {ahead} seconds")
+    farthest = datetime.now(UTC) + timedelta(seconds=ahead)
+    for option, moment in (("eta", new.due_at), ("expires", new.expires_at)):
+        if moment is not None and moment > farthest:
+            raise ValueError(f"{option} must be at most a year ahead")
+    if len(new.tags) > limits.TAGS or not all(0 < len(tag) <= limits.TAG_LENGTH for tag in new.tags):
+        raise ValueError(f"tags must be at most {limits.TAGS}, of 1 to {limits.TAG_LENGTH} characters each")
 
 
 def _queue_name(queue: Any, settings: Settings) -> str:

@@ -237,12 +237,14 @@ def test_a_number_out_of_range_is_refused_when_it_is_submitted(running: Service)
     said = client(
         running,
         """
-        import json
+        import datetime, json
         from app.worker.sample_tasks import echo
+        far = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=366)
         calls = [
             {"max_retries": 101}, {"max_retries": -1}, {"max_retries": 3, "retries": 4}, {"retries": -1},
             {"time_limit": 0}, {"time_limit": 86401}, {"time_limit": float("nan")},
             {"countdown": 1e12}, {"countdown": float("inf")}, {"countdown": float("nan")}, {"expires": 1e12},
+            {"eta": far}, {"expires": far}, {"tags": ["a"] * 21}, {"tags": ["a" * 65]}, {"tags": [""]},
         ]
         told = {}
         for options in calls:
@@ -254,7 +256,7 @@ def test_a_number_out_of_range_is_refused_when_it_is_submitted(running: Service)
         """,
     )
 
-    assert len(said) == 11
+    assert len(said) == 16
     assert {call: what for call, what in said.items() if what != "ValueError"} == {}
 
 

@@ -1,0 +1,13 @@
+"""The bounds of a submit: HTTP, Python and the declaration of a task draw them alike."""
+
+DAY_SECONDS = 86_400
+YEAR_SECONDS = 31_536_000
+
+MAX_RETRIES = 100
+"""Runs after a failed first one; the table has the same bound in a CHECK."""
+TIME_LIMIT_SECONDS = DAY_SECONDS
+"""The longest that one attempt may take."""
+AHEAD_SECONDS = YEAR_SECONDS
+"""How far ahead a task may be due, or expire."""
+TAGS = 20
+TAG_LENGTH = 64

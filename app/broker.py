@@ -225,22 +225,12 @@ class Broker:
                 readable.append(decode(raw))
         return readable
 
-    async def put_result(
-        self, task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str
-    ) -> None:
-        """Put a copy of a task's end where Celery's `AsyncResult` looks, and wake who waits there.
-
-        Args:
-            task_id: whose.
-            status: SUCCESS, FAILURE or REVOKED.
-            result: JSON text, for SUCCESS.
-            error_type: for the others.
-            error_message: for the others.
+    async def put_result(self, task_id: UUID, meta: bytes) -> None:
+        """Put a copy of a task's end (`encode_meta`) where Celery's `AsyncResult` looks, and wake who waits there.
 
         Raises:
             BrokerUnavailable: as `publish`.
         """
-        meta = encode_meta(task_id, status, result=result, error_type=error_type, error_message=error_message)
         key = f"celery-task-meta-{task_id}"
         async with _translated(), self._redis.pipeline(transaction=True) as pipe:
             pipe.set(key, meta, ex=RESULT_TTL_SECONDS)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from app import db, lifecycle
-from app.broker import Broker
+from app.broker import Broker, encode_meta
 from app.core import errors
 from app.core.stopping import stop
 
@@ -107,21 +107,26 @@ class Publisher:
                 self._down = True
 
 
+def meta_of(ended: lifecycle.Ended) -> bytes:
+    """What Celery's Redis backend stores about a task's end."""
+    error = ended.error
+    return encode_meta(
+        ended.task_id,
+        str(ended.status),
+        result=ended.result,
+        error_type=error.type if error else "",
+        error_message=error.message if error else "",
+    )
+
+
 async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
     """Put a copy of a task's end where Celery's `AsyncResult` looks. Best effort: the row answers if this fails.
 
     Returns:
         Whether Redis took it.
     """
-    error = ended.error
     try:
-        await broker.put_result(
-            ended.task_id,
-            str(ended.status),
-            result=ended.result,
-            error_type=error.type if error else "",
-            error_message=error.message if error else "",
-        )
+        await broker.put_result(ended.task_id, meta_of(ended))
     except errors.BrokerUnavailable as away:
         log.warning("the end of task %s is in its row only: %s", ended.task_id, away)
         return False

@@ -16,7 +16,7 @@ from celery import states
 from celery.backends.redis import RedisBackend, ResultConsumer
 from kombu.utils.json import register_type
 
-from app import broker, lifecycle
+from app import broker, lifecycle, publisher
 from app.core import errors
 from app.worker import bridge
 
@@ -80,17 +80,5 @@ class RowBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
     def _row_meta(self, task_id: UUID, status: str, ended: lifecycle.Ended | None) -> dict[str, Any]:
         if ended is None:
             return {"task_id": str(task_id), "status": str(status), "result": None}
-        meta: dict[str, Any] = self.decode_result(meta_of(ended))
+        meta: dict[str, Any] = self.decode_result(publisher.meta_of(ended))
         return meta
-
-
-def meta_of(ended: lifecycle.Ended) -> bytes:
-    """What Celery's Redis backend stores about a task's end."""
-    error = ended.error
-    return broker.encode_meta(
-        ended.task_id,
-        str(ended.status),
-        result=ended.result,
-        error_type=error.type if error else "",
-        error_message=error.message if error else "",
-    )

@@ -94,9 +94,10 @@ async def test_the_copy_of_a_result_is_stored_and_announced(wire: Broker, plain:
     async with plain.pubsub() as heard:
         await heard.subscribe(key)
         await heard.get_message(timeout=2)
-        await wire.put_result(task_id, "SUCCESS", result="[1]", error_type="", error_message="")
+        meta = broker.encode_meta(task_id, "SUCCESS", result="[1]", error_type="", error_message="")
+        await wire.put_result(task_id, meta)
         message = await heard.get_message(timeout=2)
 
     assert message is not None
-    assert message["data"] == await plain.get(key)
+    assert message["data"] == await plain.get(key) == meta
     assert 0 < await plain.ttl(key) <= broker.RESULT_TTL_SECONDS

@@ -22,8 +22,7 @@ def lost_worker_wait(losses: int) -> float:
 def refusal_wait(refusals: int) -> float:
     """Seconds before a task is offered again that this worker could not run, after so many earlier refusals.
 
-    From one second doubling to half a minute, so that a rolling deploy has time to finish. The statement that
-    refuses a task which a worker does not know at all computes the same.
+    From one second doubling to half a minute, so that a rolling deploy has time to finish.
     """
     return float(min(2.0**refusals, 30.0))
 

@@ -10,6 +10,7 @@ from datetime import datetime
 from uuid import UUID
 
 from app import delivery
+from app.core import backoff
 from app.db import Database, Record
 from app.lifecycle import rules
 from app.lifecycle.values import Bell, Ended, NewTask, Settled, ended_of, settled_of
@@ -220,13 +221,13 @@ async def expire(db: Database, queue: str, *, limit: int) -> list[Ended]:
     return [ended_of(row) for row in await db.fetch(_EXPIRE, queue, limit)]
 
 
-# The wait doubles from one second to half a minute, so that a rolling deploy has time to finish. Copies
-# of one message count once: the first takes the row out of the line, and its next place is another.
+# `$6` are the waits, by refusals so far. Copies of one message count once: the first takes the row out of
+# the line, and its next place is another.
 _REFUSE = f"""
 WITH refused AS (
     UPDATE task
        SET refusals = refusals + 1, position = NULL, published_at = NULL,
-           run_at = now() + make_interval(secs => LEAST(30, power(2, refusals))),
+           run_at = now() + make_interval(secs => ($6::float8[])[LEAST(refusals + 1, cardinality($6))]),
            status = CASE WHEN refusals + 1 >= $4 THEN 'FAILURE' ELSE status END,
            finished_at = CASE WHEN refusals + 1 >= $4 THEN now() END,
            error_type = CASE WHEN refusals + 1 >= $4 THEN 'UnknownTask' ELSE error_type END,
@@ -248,7 +249,8 @@ async def refuse(db: Database, task_id: UUID, *, attempt: int, name: str, positi
     Returns:
         Its status now; None if the message was stale.
     """
-    row = await db.fetchrow(_REFUSE, task_id, attempt, name, rules.REFUSAL_BUDGET, position)
+    waits = [backoff.refusal_wait(refusals) for refusals in range(rules.REFUSAL_BUDGET)]
+    row = await db.fetchrow(_REFUSE, task_id, attempt, name, rules.REFUSAL_BUDGET, position, waits)
     if row is None:
         return None
     return settled_of(row)

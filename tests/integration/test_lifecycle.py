@@ -10,7 +10,7 @@ import pytest
 
 from app import lifecycle
 from app.broker import END_OF_LINE
-from app.core import errors, ids
+from app.core import backoff, errors, ids
 from app.core.config import Settings
 from app.core.statuses import TaskStatus
 from app.db import Database
@@ -392,12 +392,17 @@ async def test_a_task_that_no_worker_knows_is_tried_elsewhere_and_ends_after_a_c
     refusals = 0
     while True:
         place = (await row(db, task_id))["position"]
+        before = await lifecycle.clock(db)
         refused = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place)
+        after = await lifecycle.clock(db)
         assert refused is not None
         refusals += 1
         if refused.ended is not None:
             break
-        assert (await row(db, task_id))["published_at"] is None
+        stored = await row(db, task_id)
+        assert stored["published_at"] is None
+        wait = timedelta(seconds=backoff.refusal_wait(refusals - 1))
+        assert stored["run_at"] - after <= wait <= stored["run_at"] - before
         await db.execute("UPDATE task SET run_at = now() WHERE id = $1", task_id)
         assert len(await lifecycle.take_due(db, "default", limit=10)) == 1
         stale = await lifecycle.refuse(db, task_id, attempt=0, name="sample.echo", position=place)

@@ -5,11 +5,16 @@ is under way goes with the next one: bursts become batches by themselves, and a
 lone submit waits for nobody. What can't be pushed has its stamp taken back, so
 that the relay feeds it in order; until Redis answers again, and while a queue
 is full, `away()` tells submits to leave new rows to the relay from the start.
+
+A Python program that submits may end the next moment, so it waits for its push,
+and looks at its queue before (`look`, `push`) instead of watching (`run`).
 """
 
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -21,6 +26,8 @@ from app.core.stopping import stop
 
 DEPTH_CAP = 50_000
 """Messages in one queue beyond which rows wait in Postgres: Redis's memory is bounded, the backlog is not."""
+ROOM = 0.9
+"""How much of the cap a full queue must fall under before it is pushed to again."""
 BATCH = 500
 RECHECK_SECONDS = 0.5
 
@@ -28,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Publisher:
-    """The publishing side of one API process."""
+    """The publishing side of one process that submits."""
 
     def __init__(self, database: db.Database, broker: Broker) -> None:
         self._db = database
@@ -37,6 +44,7 @@ class Publisher:
         self._rung = asyncio.Event()
         self._down = False
         self._full: set[str] = set()
+        self._looked: dict[str, float] = {}
         self._announcing: set[asyncio.Task[bool]] = set()
 
     def ring(self, bell: lifecycle.Bell) -> None:
@@ -53,6 +61,22 @@ class Publisher:
     def away(self, queue: str) -> bool:
         """Whether new rows of this queue should be left to the relay: Redis is down, or the queue is full."""
         return self._down or queue in self._full
+
+    async def look(self, queue: str) -> None:
+        """Learn whether this queue is `away`, unless that was learnt within `RECHECK_SECONDS`. Never fails."""
+        now = time.monotonic()
+        if now - self._looked.get(queue, -math.inf) < RECHECK_SECONDS:
+            return
+        self._looked[queue] = now
+        try:
+            self._saw(queue, await self._broker.depth(queue))
+            self._down = False
+        except errors.BrokerUnavailable:
+            self._down = True
+
+    async def push(self, bell: lifecycle.Bell) -> None:
+        """Push this message now. Never fails: what can't be pushed is left to the relay."""
+        await self._push(bell.queue, [bell])
 
     async def run(self) -> None:
         """Push and watch until cancelled, then push what is left."""
@@ -85,8 +109,7 @@ class Publisher:
                 self._down = True
                 log.warning("submits go on without Redis; the relay will publish them: %s", away)
             else:
-                if depth > DEPTH_CAP:
-                    self._full.add(queue)
+                self._saw(queue, depth)
                 return
         # If Postgres is away as well, the rows keep their stamp and the search for lost messages finds them.
         with contextlib.suppress(errors.DatabaseUnavailable):
@@ -101,10 +124,15 @@ class Publisher:
                     self._down = False
                     log.info("Redis answers again")
                 for queue in tuple(self._full):
-                    if await self._broker.depth(queue) < DEPTH_CAP * 0.9:
-                        self._full.discard(queue)
+                    self._saw(queue, await self._broker.depth(queue))
             except errors.BrokerUnavailable:
                 self._down = True
+
+    def _saw(self, queue: str, depth: int) -> None:
+        if depth >= DEPTH_CAP:
+            self._full.add(queue)
+        elif depth < DEPTH_CAP * ROOM:
+            self._full.discard(queue)
 
 
 def meta_of(ended: lifecycle.Ended) -> bytes:

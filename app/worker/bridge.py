@@ -16,6 +16,7 @@ from app.broker import Broker
 from app.core import config
 from app.core.config import Settings
 from app.db import Database
+from app.publisher import Publisher
 
 T = TypeVar("T")
 
@@ -28,14 +29,14 @@ class Bridge:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="bridge", daemon=True)
         self._thread.start()
-        self.db, self.broker = self.run(self._open())
+        self.db, self.broker, self.publisher = self.run(self._open())
 
-    async def _open(self) -> tuple[Database, Broker]:
+    async def _open(self) -> tuple[Database, Broker, Publisher]:
         database = Database(self.settings.postgres_dsn, max_connections=1, application_name=f"taskqueue-{os.getpid()}")
         broker = Broker(
             self.settings.redis_url.get_secret_value(), client_name=f"taskqueue-{os.getpid()}", max_connections=2
         )
-        return database, broker
+        return database, broker, Publisher(database, broker)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait in this thread for `work`, which runs on the bridge's loop.

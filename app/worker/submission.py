@@ -5,7 +5,6 @@ process's own connection to Postgres, and push its message. They work in a
 process that was forked, and without Redis.
 """
 
-import contextlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from celery.result import AsyncResult
 from pydantic_core import to_jsonable_python
 
 from app import lifecycle
-from app.core import errors, ids, limits, telemetry
+from app.core import ids, limits, telemetry
 from app.core.config import Settings
 from app.utils import guard
 from app.worker import bridge
@@ -153,16 +152,11 @@ celery = DurableCelery("taskqueue", set_as_current=True)
 
 
 async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
-    bell = await lifecycle.submit(here.db, new)
-    if bell is None:
-        return
-    try:
-        await here.broker.publish(bell.queue, [bell])
-    except errors.BrokerUnavailable:
-        # The row is committed: whatever happens from here on is no error of the submit. Without its stamp the
-        # relay publishes it as soon as Redis is back, with it a grace later.
-        with contextlib.suppress(errors.DatabaseUnavailable):
-            await lifecycle.unpublish(here.db, [bell])
+    await here.publisher.look(new.queue)
+    bell = await lifecycle.submit(here.db, new, hold_back=here.publisher.away(new.queue))
+    if bell is not None:
+        # The row is committed: whatever happens from here on is no error of the submit.
+        await here.publisher.push(bell)
 
 
 def _arguments(entry: Declared, args: Any, kwargs: Any) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from datetime import datetime
 from uuid import UUID, uuid4
 
 import pytest
+import redis
 
 from tests.support.service import ROOT, Service
 from tests.support.waiting import wait_until
@@ -272,6 +273,34 @@ def test_with_redis_away_a_submit_from_python_succeeds_and_runs_later(running: S
     )
 
     assert running.ends(UUID(str(said["id"])))["status"] == "SUCCESS"
+
+
+SUBMIT_UNDER_A_CAP_OF_TWO = """
+import json
+from app import publisher
+from app.worker.sample_tasks import echo
+publisher.DEPTH_CAP = 2
+print(json.dumps({{"ids": [echo.apply_async([n], queue="{queue}").id for n in range({count})]}}))
+"""
+
+
+def test_a_full_queue_is_left_to_the_relay_by_python_too_and_nobody_overtakes(running: Service) -> None:
+    def submit(queue: str, count: int) -> list[bool]:
+        """Which of so many new tasks were pushed. No process looks after these queues."""
+        program = SUBMIT_UNDER_A_CAP_OF_TWO.format(queue=queue, count=count)
+        ids = client(running, program, TASKQUEUE_QUEUES="filled,given_full")["ids"]
+        assert isinstance(ids, list)
+        return [bool(running.value("SELECT published_at IS NOT NULL FROM task WHERE id = $1", one)) for one in ids]
+
+    with redis.Redis.from_url(running.environment["REDIS_URL"]) as plain:
+        assert submit("filled", 4) == [True, True, False, False]
+        assert plain.llen("filled") == 2
+        plain.delete("filled")
+        assert submit("filled", 1) == [False], "others were there before"
+
+        plain.rpush("given_full", "a", "b")
+        assert submit("given_full", 1) == [False], "it looks before its first push"
+        plain.delete("given_full")
 
 
 def test_a_task_called_as_a_function_is_a_function(running: Service) -> None:

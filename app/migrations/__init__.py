@@ -1,7 +1,8 @@
 """Alembic, configured in code, under an advisory lock and with timeouts.
 
 Migrations run while the previous release still serves, so each must fit the
-code that is running: add first, move the code, remove in a later release. No
+code that is running: add first, move the code, remove in a later release
+(docs/upgrading.md; a test compares the tables before and after each). No
 statement may hold a lock for long: better that a migration fails and is tried
 again than that every submit queues behind it.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
@@ -37,6 +38,11 @@ def head() -> str:
     if revision is None:  # pragma: no cover - the package ships revisions
         raise errors.SettingsError("The installation has no migrations")
     return revision
+
+
+def revisions() -> list[Script]:
+    """Every revision, oldest first."""
+    return list(ScriptDirectory.from_config(_config()).walk_revisions())[::-1]
 
 
 def migrate(settings: Settings, *, revision: str = "head") -> None:

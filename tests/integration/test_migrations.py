@@ -13,6 +13,7 @@ from app import migrations
 from app.core import errors
 from app.core.config import Settings
 from tests.conftest import settings_for
+from tests.support import schema
 from tests.support.servers import apart
 
 
@@ -69,6 +70,97 @@ async def test_a_downgrade_to_the_previous_revision_works_and_so_does_coming_bac
     )
     await connection.close()
     assert left == []
+
+
+async def test_no_migration_takes_away_what_the_previous_release_uses(empty_postgres_url: str, redis_url: str) -> None:
+    settings = settings_for(empty_postgres_url, redis_url)
+    revisions = migrations.revisions()
+    migrate(settings, revisions[0].revision)
+    for revision in revisions[1:]:
+        before = await _schema(empty_postgres_url)
+        migrate(settings, revision.revision)
+        found = schema.breaches(before, await _schema(empty_postgres_url))
+        unused: dict[str, str] = getattr(revision.module, "unused_since", {})
+        assert found.keys() == unused.keys(), f"{revision.revision}: {found}; see docs/upgrading.md"
+        assert all(unused.values()), "the release that stopped using it"
+
+
+async def _schema(url: str) -> schema.Schema:
+    connection = await asyncpg.connect(url)
+    try:
+        return await schema.look(connection)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "thing"),
+    [
+        ("DROP TABLE task_tombstone", "task_tombstone"),
+        ("DROP SEQUENCE task_position", "task_position"),
+        ("ALTER TABLE task DROP COLUMN tags", "task.tags"),
+        ("ALTER TABLE task RENAME COLUMN tags TO words", "task.tags"),
+        ("ALTER TABLE task ALTER COLUMN attempt TYPE bigint", "task.attempt"),
+        ("ALTER TABLE task ALTER COLUMN worker SET NOT NULL", "task.worker"),
+        ("ALTER TABLE task ALTER COLUMN tags DROP DEFAULT", "task.tags"),
+        ("ALTER TABLE task ADD COLUMN tenant text NOT NULL", "task.tenant"),
+        ("ALTER TABLE task ADD CHECK (attempt < 100)", "task_attempt_check"),
+        ("ALTER TABLE task DROP CONSTRAINT task_pkey CASCADE", "task_pkey"),
+        ("ALTER TABLE task ADD UNIQUE (name, position)", "task_name_position_key"),
+        ("CREATE UNIQUE INDEX one_worker ON task (worker)", "one_worker"),
+        ("DROP INDEX task_started", "task_started"),
+        ("CREATE TRIGGER t AFTER UPDATE ON task EXECUTE FUNCTION suppress_redundant_updates_trigger()", "t"),
+        (
+            (
+                "ALTER TABLE webhook_delivery DROP CONSTRAINT delivery_status_known,"
+                " ADD CONSTRAINT delivery_status_known CHECK (status IN ('delivering', 'delivered', 'pending'))"
+            ),
+            "delivery_status_known",
+        ),
+        (
+            (
+                "ALTER TABLE task DROP CONSTRAINT task_error_named, ADD CONSTRAINT task_error_named"
+                " CHECK (status NOT IN ('FAILURE', 'REVOKED', 'SUCCESS') OR error_type IS NOT NULL)"
+            ),
+            "task_error_named",
+        ),
+        (
+            "ALTER TABLE webhook_delivery DROP CONSTRAINT webhook_delivery_task_id_fkey",
+            "webhook_delivery_task_id_fkey",
+        ),
+    ],
+)
+async def test_a_change_that_breaks_the_previous_release_is_seen(postgres_url: str, change: str, thing: str) -> None:
+    assert thing in await _breaches(postgres_url, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "CREATE TABLE more (id uuid PRIMARY KEY, name text NOT NULL CHECK (name <> ''))",
+        "ALTER TABLE task ADD COLUMN tenant text",
+        "ALTER TABLE task ADD COLUMN priority smallint NOT NULL DEFAULT 0 CHECK (priority BETWEEN 0 AND 9)",
+        "CREATE INDEX task_names ON task (name)",
+        "ALTER TABLE task ALTER COLUMN name DROP NOT NULL",
+        "ALTER TABLE task DROP CONSTRAINT task_queue_length",
+        (
+            "ALTER TABLE task DROP CONSTRAINT task_status_known, ADD CONSTRAINT task_status_known"
+            " CHECK (status IN ('FAILURE', 'HELD', 'PENDING', 'RETRY', 'REVOKED', 'STARTED', 'SUCCESS'))"
+        ),
+    ],
+)
+async def test_a_change_that_the_previous_release_can_ignore_is_allowed(postgres_url: str, change: str) -> None:
+    assert await _breaches(postgres_url, change) == {}
+
+
+async def _breaches(url: str, change: str) -> dict[str, str]:
+    connection = await asyncpg.connect(url)
+    try:
+        before = await schema.look(connection)
+        await connection.execute(change)
+        return schema.breaches(before, await schema.look(connection))
+    finally:
+        await connection.close()
 
 
 def test_migrations_that_start_at_once_take_turns(empty_postgres_url: str, redis_url: str) -> None:

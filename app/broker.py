@@ -28,6 +28,8 @@ from app.core import errors
 from app.core.config import TASK_NAME
 
 COMMAND_TIMEOUT_SECONDS = 2.0
+ENVELOPE_VERSION = 1
+"""The newest envelope that is understood here, and the one that is written (docs/upgrading.md)."""
 TAIL_DEPTH = 10
 """How many messages at the tail are looked at for one that can be read."""
 MOST_ATTEMPTS = 2**31 - 2
@@ -37,6 +39,8 @@ END_OF_LINE = 2**63 - 1
 RESULT_TTL_SECONDS = 3600
 RAW_JSON_MARKER = "taskqueue.json"
 """Kombu type of a JSON text that must reach a client as it is (see `worker.results`)."""
+
+NOT_OURS = "The message is not one that this service wrote"
 
 _TRACEPARENT = 64
 _NO_ARGUMENTS = base64.b64encode(b"[[], {}, {}]").decode()
@@ -93,6 +97,7 @@ def envelope(message: Message, queue: str) -> dict[str, Any]:
         "time_limit": message.time_limit,
         # Celery's tracer must store nothing: it would report what one attempt did as the task's end.
         "ignore_result": True,
+        "version": ENVELOPE_VERSION,
         "attempt": message.attempt,
         "position": message.position,
     }
@@ -124,17 +129,21 @@ def decode(raw: bytes | str) -> Received:
     try:
         return read(json.loads(raw))
     except (ValueError, RecursionError) as bad:
-        raise errors.EnvelopeError("The message is not one that this service wrote") from bad
+        raise errors.EnvelopeError(NOT_OURS) from bad
 
 
 def read(found: object) -> Received:
     """Read an envelope that was parsed already. Of all that it says, only this is believed.
 
+    What a release does not know, it ignores; an envelope without a version is of the first.
+
     Raises:
-        EnvelopeError: if it is not one of ours.
+        EnvelopeError: if it is not one of ours, or of a version that is not known here.
     """
     try:
         headers = found["headers"]  # type: ignore[index]  # whatever it is, it fails here or is a mapping
+        if _count(headers.get("version", 1), END_OF_LINE) > ENVELOPE_VERSION:
+            raise errors.EnvelopeError("The message is of a later release")
         traceparent = headers.get("traceparent")
         return Received(
             task_id=UUID(headers["id"]),
@@ -145,7 +154,7 @@ def read(found: object) -> Received:
             traceparent=traceparent if isinstance(traceparent, str) and len(traceparent) <= _TRACEPARENT else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as bad:
-        raise errors.EnvelopeError("The message is not one that this service wrote") from bad
+        raise errors.EnvelopeError(NOT_OURS) from bad
 
 
 def _name(value: object) -> str:

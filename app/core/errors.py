@@ -50,7 +50,7 @@ class BrokerUnavailable(TaskQueueError):
 
 
 class EnvelopeError(TaskQueueError):
-    """A message on a queue is not one that this service wrote."""
+    """A message on a queue is not one that this service wrote, or is of a later release."""
 
 
 class TaskDeclarationError(TaskQueueError):

@@ -57,7 +57,9 @@ def test_the_envelope_is_what_celery_itself_makes_less_what_we_do_not_say() -> N
     }
     for header in ("lang", "task", "id", "root_id", "retries", "ignore_result"):
         assert ours["headers"][header] == theirs["headers"][header], header
-    assert set(ours["headers"]) - set(theirs["headers"]) == {"attempt", "position", "time_limit", "traceparent"}
+    assert set(ours["headers"]) - set(theirs["headers"]) == {
+        *("version", "attempt", "position", "time_limit", "traceparent")
+    }
     assert ours["headers"]["timelimit"] == [None, None], "the keeper ends what runs too long"
     assert set(ours["properties"]) <= set(theirs["properties"])
     for name in ("correlation_id", "delivery_info", "body_encoding", "priority"):
@@ -99,6 +101,24 @@ def test_a_message_is_read_back() -> None:
     assert again["headers"] == json.loads(broker.encode(BELL, "reports"))["headers"]
 
 
+def versioned(version: object) -> bytes:
+    envelope = json.loads(broker.encode(BELL, "reports"))
+    envelope["headers"]["version"] = version
+    return json.dumps(envelope).encode()
+
+
+def test_an_envelope_without_a_version_is_of_the_first() -> None:
+    envelope = json.loads(broker.encode(BELL, "reports"))
+    assert envelope["headers"].pop("version") == broker.ENVELOPE_VERSION
+
+    assert broker.read(envelope) == broker.decode(broker.encode(BELL, "reports"))
+
+
+def test_an_envelope_of_a_later_version_is_refused_whatever_else_it_says() -> None:
+    with pytest.raises(errors.EnvelopeError, match="later release"):
+        broker.decode(versioned(broker.ENVELOPE_VERSION + 1))
+
+
 def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
     forged = json.loads(broker.encode(BELL, "reports"))
     forged["body"] = base64.b64encode(b'[[], {}, {"callbacks": [{"task": "sample.crash"}]}]').decode()
@@ -132,6 +152,8 @@ def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
         broker.encode(replace(BELL, name="\ud800"), "q"),
         broker.encode(replace(BELL, name="x" * 256), "q"),
         broker.encode(replace(BELL, name=""), "q"),
+        broker.encode(BELL, "q").replace(b'"version":1', b'"version":"1"'),
+        broker.encode(BELL, "q").replace(b'"version":1', b'"version":null'),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":true'),
         broker.encode(BELL, "q").replace(b'"attempt":2', b'"attempt":1e3'),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":99999999999999999999'),

@@ -34,7 +34,7 @@ test: $(VENV)/.dev ## Run every test that needs no cluster
 
 .PHONY: test-faults
 test-faults: $(VENV)/.dev ## Run every fault against real processes, one after another; FAULTS_SEED repeats a run
-	@exec $(BIN)/python -m pytest tests/faults -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest tests/faults tests/integration/test_upgrade.py -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.dev ## Random faults under load for MINUTES (20), then an audit; SOAK_ARGS="--seed N" repeats one

@@ -5,6 +5,7 @@ for Celery, nor the API load what only workers use.
 """
 
 import argparse
+import asyncio
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +116,7 @@ def _worker() -> int | None:
     settings = config.load()
     from app.celery_app import run_worker  # noqa: PLC0415
 
+    _wait_for_tables(settings, "worker")
     run_worker(settings)
     return None
 
@@ -123,8 +125,18 @@ def _relay() -> int | None:
     settings = config.load()
     from app import relay  # noqa: PLC0415
 
+    _wait_for_tables(settings, "relay")
     relay.run(settings)
     return None
+
+
+def _wait_for_tables(settings: config.Settings, process: str) -> None:
+    """A worker or a relay does nothing before the migration of its release; the API says that it is not ready."""
+    from app import db  # noqa: PLC0415
+    from app.core import telemetry  # noqa: PLC0415
+
+    telemetry.configure_logging(settings, process)
+    asyncio.run(db.wait_for_tables(settings.postgres_dsn))
 
 
 def _migrate() -> int | None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
@@ -18,6 +19,7 @@ from app.core import backoff, errors
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 STATEMENT_TIMEOUT_SECONDS = 10.0
+REVISION_POLL_SECONDS = 1.0
 
 Record = asyncpg.Record
 T = TypeVar("T")
@@ -120,6 +122,10 @@ class Database:
             # Whatever state the connection is in, nobody should get it next. The pool may have it back already.
             with contextlib.suppress(asyncpg.InterfaceError):
                 connection.terminate()
+            if getattr(failed, "sqlstate", None) in _NOT_MIGRATED:
+                raise errors.DatabaseUnavailable(
+                    f"Postgres has not the tables of this release: run taskqueue migrate ({type(failed).__name__})"
+                ) from failed
             raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(failed).__name__})") from failed
         finally:
             with contextlib.suppress(*_AWAY):
@@ -173,6 +179,38 @@ async def revision(database: Database) -> str | None:
         return None
     found = await database.fetchval("SELECT version_num FROM alembic_version")
     return None if found is None else str(found)
+
+
+def needed_revision() -> str:
+    """The revision of the tables that this release needs.
+
+    Revisions are numbered, and their files with them. Alembic would say the same, but takes long to load.
+    """
+    versions = Path(__file__).parent / "migrations" / "versions"
+    return max(path.name.partition("_")[0] for path in versions.glob("[0-9]*.py"))
+
+
+async def wait_for_tables(dsn: str) -> None:
+    """Wait until the tables are at the needed revision, or a later one.
+
+    A newer release may be started before its migration: what it took from a queue would wait in it, while a worker
+    of the release before could run it. With Postgres away this does not wait, since every statement will.
+    """
+    database = Database(dsn, max_connections=1, application_name="taskqueue-start")
+    needed = needed_revision()
+    told = False
+    try:
+        while (found := await revision(database)) is None or found < needed:
+            if not told:
+                log.warning(
+                    "waiting: the tables are at %s, not at %s: run taskqueue migrate", found or "nothing", needed
+                )
+            told = True
+            await asyncio.sleep(REVISION_POLL_SECONDS)
+    except errors.DatabaseUnavailable:
+        return
+    finally:
+        await database.close()
 
 
 _FACTS = """

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlmodel import SQLModel
 
-from app import migrations
+from app import db, migrations
 from app.core import errors
 from app.core.config import Settings
 from tests.conftest import settings_for
@@ -83,6 +83,10 @@ async def test_no_migration_takes_away_what_the_previous_release_uses(empty_post
         unused: dict[str, str] = getattr(revision.module, "unused_since", {})
         assert found.keys() == unused.keys(), f"{revision.revision}: {found}; see docs/upgrading.md"
         assert all(unused.values()), "the release that stopped using it"
+
+
+def test_the_revision_that_processes_wait_for_is_the_newest() -> None:
+    assert db.needed_revision() == migrations.head()
 
 
 async def _schema(url: str) -> schema.Schema:

@@ -25,13 +25,13 @@ START_SECONDS = 30.0
 class Process:
     """One `taskqueue` command. Its log is a file that a failing test prints."""
 
-    def __init__(self, command: str, environment: Mapping[str, str], directory: Path) -> None:
+    def __init__(self, command: str, environment: Mapping[str, str], directory: Path, *, code: Path = ROOT) -> None:
         self.command = command
         self.log = directory / f"{command}-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "app.cli", command],
-                cwd=ROOT,
+                cwd=code,
                 env={**os.environ, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -85,9 +85,22 @@ class Service:
     """API, worker and relay on one database and one Redis."""
 
     def __init__(
-        self, environment: Mapping[str, str], directory: Path, changes: Mapping[str, Mapping[str, str]] | None = None
+        self,
+        environment: Mapping[str, str],
+        directory: Path,
+        changes: Mapping[str, Mapping[str, str]] | None = None,
+        *,
+        code: Path = ROOT,
     ) -> None:
-        """Describe it; nothing is started. `changes` are variables that one command sees otherwise."""
+        """Describe it; nothing is started.
+
+        Args:
+            environment: what all commands see.
+            directory: for their own files.
+            changes: variables that one command sees otherwise.
+            code: the directory with the `app` that is run.
+        """
+        self.code = code
         self.environment = {"TASKQUEUE_DATA_DIR": str(directory), **environment}
         self.directory = directory
         self.changes = changes or {}
@@ -96,19 +109,26 @@ class Service:
 
     def start(self, command: str, **changes: str) -> Process:
         environment = {**self.environment, **self.changes.get(command, {}), **changes}
-        process = Process(command, environment, self.directory)
+        process = Process(command, environment, self.directory, code=self.code)
         self.processes.append(process)
         return process
 
-    def start_all(self) -> None:
-        """Start the three and wait until all of them work."""
-        processes = [self.start(command) for command in ("api", "worker", "relay")]
+    def run(self, command: str) -> int:
+        """Run a command to its end, and return its exit code."""
+        return self.start(command).wait(START_SECONDS)
+
+    def start_all(self, *commands: str) -> None:
+        """Start these, or all three, and wait until each of them works."""
+        commands = commands or ("api", "worker", "relay")
+        for name in commands:
+            self.beat(name).unlink(missing_ok=True)
+        processes = [self.start(command) for command in commands]
 
         def works() -> bool:
             for process in processes:
                 assert process.running(), f"{process.command} ended at once:\n{process.log.read_text()}"
-            beats = all((self.directory / "run" / f"{name}.beat").exists() for name in ("worker", "relay"))
-            return beats and self.ready()
+            beats = all(self.beat(name).exists() for name in commands if name != "api")
+            return beats and ("api" not in commands or self.ready())
 
         try:
             wait_until(works, START_SECONDS, "the start of the service")
@@ -120,11 +140,14 @@ class Service:
         for process in self.processes:
             if process.command == "worker":
                 process.stop()
-        beat = self.directory / "run" / "worker.beat"
-        beat.unlink(missing_ok=True)
+        self.beat("worker").unlink(missing_ok=True)
         started = self.start("worker", **changes)
-        wait_until(beat.exists, START_SECONDS, "the worker's start")
+        wait_until(self.beat("worker").exists, START_SECONDS, "the worker's start")
         return started
+
+    def beat(self, command: str) -> Path:
+        """The file that a worker or a relay touches while it works."""
+        return self.directory / "run" / f"{command}.beat"
 
     def ready(self) -> bool:
         with contextlib.suppress(httpx.TransportError):
@@ -204,10 +227,14 @@ class Service:
 
 @contextlib.contextmanager
 def service(
-    environment: Mapping[str, str], directory: Path, changes: Mapping[str, Mapping[str, str]] | None = None
+    environment: Mapping[str, str],
+    directory: Path,
+    changes: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    code: Path = ROOT,
 ) -> Iterator[Service]:
     """A service that is ended with the block."""
-    one = Service(environment, directory, changes)
+    one = Service(environment, directory, changes, code=code)
     try:
         yield one
     finally:

@@ -63,6 +63,7 @@ class Entry:
         queue: where it waits unless the submit says otherwise; None for the first of TASKQUEUE_QUEUES.
         max_retries: runs after a failed first one, unless the submit says otherwise.
         time_limit: seconds that one attempt may take; None for any.
+        soft_time_limit: seconds after which it is told to come to an end; None for never.
         description: the first paragraph of the function's docstring.
         parameters: what it accepts.
     """
@@ -72,6 +73,7 @@ class Entry:
     queue: str | None
     max_retries: int
     time_limit: float | None
+    soft_time_limit: float | None
     description: str
     parameters: Parameters
 
@@ -119,6 +121,7 @@ class TaskDecorator:
         retry_backoff_max: int = 600,
         retry_jitter: bool = True,
         time_limit: float | None = None,
+        soft_time_limit: float | None = None,
     ) -> Callable[[Callable[P, R]], DurableFunction[P, R]]:
         """Register a function as a task.
 
@@ -131,11 +134,14 @@ class TaskDecorator:
             retry_backoff_max: the longest such wait, in seconds.
             retry_jitter: draw each wait from zero to its value ("full jitter").
             time_limit: seconds after which one attempt is killed.
+            soft_time_limit: seconds after which `celery.exceptions.SoftTimeLimitExceeded` is raised in the
+                task's own code, once an attempt. Never comes first where a submit's own `time_limit` is shorter.
 
         Raises:
             TaskDeclarationError: if an option, the name or the signature can't be used, or the name is taken.
         """
-        _check_options(name, queue, max_retries, time_limit)
+        _check_options(name, queue, max_retries)
+        _check_limits(name, time_limit, soft_time_limit)
 
         def register(function: Callable[P, R]) -> DurableFunction[P, R]:
             entry = Entry(
@@ -144,6 +150,7 @@ class TaskDecorator:
                 queue=queue,
                 max_retries=max_retries,
                 time_limit=time_limit,
+                soft_time_limit=soft_time_limit,
                 description=_first_paragraph(function),
                 parameters=Parameters(name, function),
             )
@@ -249,17 +256,23 @@ def _first_paragraph(function: Callable[..., Any]) -> str:
     return " ".join(paragraph.split())
 
 
-def _check_options(name: str, queue: str | None, max_retries: int, time_limit: float | None) -> None:
-    for fault in _option_faults(name, queue, max_retries, time_limit):
+def _check_options(name: str, queue: str | None, max_retries: int) -> None:
+    for fault in _option_faults(name, queue, max_retries):
         raise errors.TaskDeclarationError(f"Task {name[:255]}: {fault}")
 
 
-def _option_faults(name: str, queue: str | None, max_retries: int, time_limit: float | None) -> Iterable[str]:
+def _option_faults(name: str, queue: str | None, max_retries: int) -> Iterable[str]:
     if not TASK_NAME.fullmatch(name):
         yield "the name must be 1 to 255 letters, digits and _ . - :"
     if queue is not None and not QUEUE_NAME.fullmatch(queue):
         yield "the queue must be 1 to 64 letters, digits and _ . : -"
     if not 0 <= max_retries <= limits.MAX_RETRIES:
         yield f"max_retries must be 0 to {limits.MAX_RETRIES}"
-    if time_limit is not None and not time_limit > 0:
-        yield "time_limit must be more than 0 seconds"
+
+
+def _check_limits(name: str, time_limit: float | None, soft_time_limit: float | None) -> None:
+    for field, seconds in (("time_limit", time_limit), ("soft_time_limit", soft_time_limit)):
+        if seconds is not None and not seconds > 0:
+            raise errors.TaskDeclarationError(f"Task {name}: {field} must be more than 0 seconds")
+    if time_limit is not None and soft_time_limit is not None and soft_time_limit >= time_limit:
+        raise errors.TaskDeclarationError(f"Task {name}: soft_time_limit must be below time_limit")

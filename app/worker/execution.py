@@ -49,6 +49,8 @@ class Declared(Protocol):
     def max_retries(self) -> int: ...  # noqa: D102  # as above
     @property
     def time_limit(self) -> float | None: ...  # noqa: D102  # as above
+    @property
+    def soft_time_limit(self) -> float | None: ...  # noqa: D102  # as above
     def validate_call(self, args: list[Any], kwargs: dict[str, Any]) -> None: ...  # noqa: D102  # as above
     def bind(self, args: str, kwargs: str) -> dict[str, Any]: ...  # noqa: D102  # as above
 
@@ -143,6 +145,7 @@ class _Attempt:
     claimed: Claimed
     started: float
     progress_shown: float = -math.inf
+    heard_soft_limit: bool = False
 
 
 _running: _Attempt | None = None
@@ -172,17 +175,18 @@ def run_attempt(task: DurableTask) -> None:
     """
     wanted = _wanted(task)
     signals.hold()
-    signals.on_interrupt(checkpoint)
+    signals.on_interrupt(_interrupted)
     try:
         # Shown before it is claimed: if this process dies in between, the keeper knows what to settle.
         _show(Running(wanted, started=0.0, limit_seconds=0.0))
         claimed = _claim(task, wanted)
         if claimed is None:
             raise Ignore
-        _show(Running(wanted, started=time.monotonic(), limit_seconds=claimed.time_limit or 0.0))
+        soft_limit = task.entry.soft_time_limit if task.entry is not None else None
+        _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
         outcome = _perform(task, claimed)
         signals.hold()
-        # Its time limit ends here: however long the settle waits for Postgres, the task is done.
+        # Its time limits end here: however long the settle waits for Postgres, the task is done.
         _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
         settled = _settle(claimed, outcome)
         _tell(claimed, outcome, settled)
@@ -280,12 +284,13 @@ def _describe(raised: BaseException) -> Error:
     if isinstance(raised, MemoryError):
         return Error(type="OutOfMemory", message="The task could not get the memory it asked for")
     if isinstance(raised, SoftTimeLimitExceeded):
-        return Error(type="TimeLimitExceeded", message="The task ran longer than its soft limit")
-    return Error(
-        type=type(raised).__name__,
-        message=_attempted(lambda: str(raised)) or "",
-        traceback=_attempted(lambda: "".join(traceback.format_exception(raised, limit=-20))),
-    )
+        message = "The task ran longer than its soft limit"
+        return Error(type="TimeLimitExceeded", message=message, traceback=_trace(raised))
+    return Error(type=type(raised).__name__, message=_attempted(lambda: str(raised)) or "", traceback=_trace(raised))
+
+
+def _trace(raised: BaseException) -> str | None:
+    return _attempted(lambda: "".join(traceback.format_exception(raised, limit=-20)))
 
 
 def _attempted(describe: Callable[[], str]) -> str | None:
@@ -355,6 +360,22 @@ def checkpoint() -> None:
         return
     if _slots.ordered_to_cancel(_slot, attempt.claimed.claim):
         raise TaskCancelled
+
+
+def _interrupted() -> None:
+    """What the keeper's signal means to the task's own code, where it is raised. It may mean nothing any more.
+
+    Raises:
+        TaskCancelled: if the cancel of the running attempt was asked for.
+        SoftTimeLimitExceeded: if it has passed its soft limit; once, so that it can clean up undisturbed.
+    """
+    checkpoint()
+    attempt = _running
+    if attempt is None or attempt.heard_soft_limit or _slots is None or _slot is None:
+        return
+    if _slots.ordered_by_soft_limit(_slot, attempt.claimed.claim):
+        attempt.heard_soft_limit = True
+        raise SoftTimeLimitExceeded
 
 
 def progress(fraction: float, message: str | None = None) -> None:

@@ -8,6 +8,7 @@ children show (`slots`), and
 - settles at once what died with a child: a crash if only the child died, a
   release if the worker is stopping, a loss if the whole worker is gone,
 - ends tasks past their hard time limit, by settling first and killing then,
+- tells an attempt once that it has passed its soft time limit,
 - tells an attempt whose cancel was asked for, and ends it if it does not listen,
 - kills an attempt that was superseded, so that its slot does useful work again,
 - serves the worker's metrics,
@@ -78,6 +79,7 @@ class Keeper:
         self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
         self._unheld: set[Claim] = set()
         self._told: dict[Claim, float] = {}
+        self._told_softly: set[Claim] = set()
 
     async def run(self) -> None:
         """Look and renew until the worker is gone and nothing of it is left to settle."""
@@ -111,11 +113,14 @@ class Keeper:
         taken = self._slots.all()
         busy = sum(slot.running is not None for slot in taken)
         metrics.show_pool(",".join(self._settings.queues), slots=self._settings.concurrency, busy=busy)
+        self._told_softly &= {slot.running.claim for slot in taken if slot.running is not None}
         for slot in taken:
             if not slot.lives():
                 self._start(slot, self._bury(slot))
             elif slot.running is not None and slot.running.overdue():
                 self._start(slot, self._end(slot, slot.running.claim, TimedOut(slot.running.limit_seconds)))
+            elif slot.running is not None and slot.running.softly_overdue():
+                self._tell_softly(slot, slot.running.claim)
 
     def _start(self, slot: Slot, work: Coroutine[Any, Any, None]) -> None:
         """Do one thing at a time about each attempt."""
@@ -204,6 +209,15 @@ class Keeper:
                         os.kill(slot.pid, signal.SIGUSR1)
             elif time.monotonic() - self._told[claim] > CANCEL_GRACE_SECONDS:
                 self._start(slot, self._end(slot, claim, Cancelled()))
+
+    def _tell_softly(self, slot: Slot, claim: Claim) -> None:
+        """Tell an attempt once that it has passed its soft limit; never one that was told of its cancel."""
+        if claim in self._told_softly or claim in self._told:
+            return
+        self._told_softly.add(claim)
+        if self._slots.order_soft_limit(slot.index, claim):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(slot.pid, signal.SIGUSR1)
 
     async def _serve_metrics(self) -> None:
         """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""

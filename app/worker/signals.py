@@ -1,7 +1,7 @@
 """Signals wait while a claim or a settle is on the wire.
 
-A pool child is told to stop (SIGTERM), or that its task is cancelled (SIGUSR1),
-by exceptions that Python raises between two instructions of the main thread. In
+A pool child is told to stop (SIGTERM), or that its task is cancelled or past its
+soft limit (SIGUSR1), by exceptions that Python raises between two instructions of the main thread. In
 the middle of a claim that would leave an attempt that nobody runs; in the middle
 of a settle, an outcome that nobody knows. So signals are held for the whole of an
 attempt, but for the stretch in which the task's own code runs.

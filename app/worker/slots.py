@@ -4,10 +4,11 @@ A child writes its slot before it claims and clears it after it settles, so the
 keeper never misses an attempt, whatever kills the child in between. Each slot
 carries a checksum: a reader that meets a write half way reads again.
 
-The keeper may order the death of one attempt, or its cancel, never that of a process. It writes the
-order, then looks whether the slot still shows that attempt; the child clears its
-slot, then looks whether there is an order for what it just ran. One of the two
-sees the other, so a kill can't hit the task that comes next.
+The keeper may order the death of one attempt, its cancel, or that it hears of its
+soft time limit, but nothing of a process. It writes the order, then looks whether
+the slot still shows that attempt; the child clears its slot, then looks whether
+there is an order for what it just ran. One of the two sees the other, so a kill
+can't hit the task that comes next.
 """
 
 import contextlib
@@ -26,10 +27,11 @@ from uuid import UUID
 from app.lifecycle import Claim
 
 _HEADER = 64
-_SLOT = 128
+_SLOT = 144
 _DEATH_OFFSET = 96
 _CANCEL_OFFSET = 112
-_RECORD = struct.Struct("<qq16sq16sdd")  # pid, born, task id, attempt, token, started, limit
+_SOFT_LIMIT_OFFSET = 128
+_RECORD = struct.Struct("<qq16sq16sddd")  # pid, born, task id, attempt, token, started, limit, soft limit
 _BEAT = struct.Struct("<d")
 _BEAT_OFFSET = 8
 _HAS_PROC = Path("/proc/self/stat").exists()
@@ -46,15 +48,24 @@ class Running:
         started: when, on the machine's monotonic clock (seconds), which all its processes share;
             0 while its claim is still on the wire.
         limit_seconds: how long it may take; 0 is for ever.
+        soft_limit_seconds: after how long it is told to come to an end; 0 is never.
     """
 
     claim: Claim
     started: float
     limit_seconds: float
+    soft_limit_seconds: float = 0.0
 
     def overdue(self) -> bool:
         """Whether it has taken longer than it may."""
-        return bool(self.limit_seconds) and time.monotonic() - self.started > self.limit_seconds
+        return self._past(self.limit_seconds)
+
+    def softly_overdue(self) -> bool:
+        """Whether it has taken so long that it is to be told."""
+        return self._past(self.soft_limit_seconds)
+
+    def _past(self, seconds: float) -> bool:
+        return bool(seconds) and time.monotonic() - self.started > seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +179,14 @@ class Slots:
         for _ in range(100):
             raw = bytes(self._memory[offset : offset + _RECORD.size + _SUM.size])
             record = raw[: _RECORD.size]
-            pid, born, task_id, attempt, token, started, limit = _RECORD.unpack(record)
+            pid, born, task_id, attempt, token, started, limit, soft_limit = _RECORD.unpack(record)
             if pid == 0 and not any(raw):
                 return None
             if _SUM.unpack(raw[_RECORD.size :])[0] == zlib.crc32(record):
                 if task_id == _NOBODY:
                     return Slot(index, pid, born, None)
                 claim = Claim(UUID(bytes=task_id), attempt, UUID(bytes=token))
-                return Slot(index, pid, born, Running(claim, started, limit))
+                return Slot(index, pid, born, Running(claim, started, limit, soft_limit))
         return None
 
     def all(self) -> list[Slot]:
@@ -202,6 +213,14 @@ class Slots:
         """Whether the keeper ordered this attempt to stop."""
         return self._ordered(index, claim, _CANCEL_OFFSET)
 
+    def order_soft_limit(self, index: int, claim: Claim) -> bool:
+        """Say that an attempt has passed its soft limit. Returns whether the child still shows it, as above."""
+        return self._order(index, claim, _SOFT_LIMIT_OFFSET)
+
+    def ordered_by_soft_limit(self, index: int, claim: Claim) -> bool:
+        """Whether the keeper said that this attempt has passed its soft limit."""
+        return self._ordered(index, claim, _SOFT_LIMIT_OFFSET)
+
     def _order(self, index: int, claim: Claim, cell: int) -> bool:
         offset = _HEADER + index * _SLOT + cell
         self._memory[offset : offset + 16] = claim.token.bytes
@@ -215,12 +234,11 @@ class Slots:
     def _write(self, index: int, running: Running | None) -> None:
         who = os.getpid(), self._born()
         if running is None:
-            record = _RECORD.pack(*who, _NOBODY, 0, _NOBODY, 0.0, 0.0)
+            record = _RECORD.pack(*who, _NOBODY, 0, _NOBODY, 0.0, 0.0, 0.0)
         else:
             claim = running.claim
-            record = _RECORD.pack(
-                *who, claim.task_id.bytes, claim.attempt, claim.token.bytes, running.started, running.limit_seconds
-            )
+            times = running.started, running.limit_seconds, running.soft_limit_seconds
+            record = _RECORD.pack(*who, claim.task_id.bytes, claim.attempt, claim.token.bytes, *times)
         offset = _HEADER + index * _SLOT
         self._memory[offset : offset + _RECORD.size + _SUM.size] = record + _SUM.pack(zlib.crc32(record))
 

@@ -1,11 +1,13 @@
 """Tasks that do what tasks should not, for the tests of the worker."""
 
 import os
-import re
 import signal
 import time
+from collections.abc import ItemsView
+from pathlib import Path
 
 from celery import current_task
+from celery.exceptions import SoftTimeLimitExceeded
 
 from app.catalog import task
 
@@ -52,8 +54,8 @@ def raise_(kind: str) -> None:
 
 @task("odd.hold_the_gil", time_limit=1.5)
 def hold_the_gil() -> bool:
-    """Spend minutes in one C call that never lets another thread run."""
-    return re.match(r"(a+)+$", "a" * 40 + "b") is not None
+    """Spend minutes in one C call that never lets another thread run, and looks at no signal."""
+    return sum(range(10**11)) > 0
 
 
 @task("odd.limited", time_limit=1.0)
@@ -106,6 +108,50 @@ def cleans_up(path: str) -> None:
         with open(path, "w") as mark:  # noqa: PTH123  # plain text
             mark.write(type(told).__name__)
         raise
+
+
+@task("odd.returns_when_told", soft_time_limit=1.0, time_limit=30.0)
+def returns_when_told(mark: str = os.devnull) -> float:
+    """Come to an end when the soft limit says so, and take time for it; returns the seconds of both."""
+    began = time.monotonic()
+    try:
+        time.sleep(20)
+    except SoftTimeLimitExceeded:
+        Path(mark).write_text("told")
+        time.sleep(1.5)
+    return time.monotonic() - began
+
+
+@task("odd.lets_it_pass", soft_time_limit=0.5)
+def lets_it_pass() -> None:
+    """Sleep past the soft limit."""
+    time.sleep(20)
+
+
+@task("odd.tries_again", soft_time_limit=0.5, max_retries=1, autoretry_for=(Exception,), retry_backoff=True)
+def tries_again() -> None:
+    """Sleep past the soft limit, in each attempt."""
+    time.sleep(20)
+
+
+@task("odd.holds_the_gil_softly", soft_time_limit=0.5, time_limit=2.0)
+def holds_the_gil_softly() -> bool:
+    """Spend minutes in one C call that does not hear of its soft limit."""
+    return sum(range(10**11)) > 0
+
+
+class _SlowDict(dict[str, int]):
+    """What takes two seconds to be made JSON of."""
+
+    def items(self) -> ItemsView[str, int]:  # type: ignore[override]  # the type it wants has no name at run time
+        time.sleep(2)
+        return super().items()
+
+
+@task("odd.ends_at_its_soft_limit", soft_time_limit=1.0)
+def ends_at_its_soft_limit() -> dict[str, int]:
+    """Return in time something that is still being written down when the limit passes."""
+    return _SlowDict(pages=3)
 
 
 @task("odd.stubborn")

@@ -63,8 +63,9 @@ def render(month: str, pages: int = 1) -> str:
 
 
 def test_an_entry_says_what_was_declared(declare: Declare) -> None:
-    entry = declare(render, "reports.render", queue="reports", max_retries=5, time_limit=600)
-    assert (entry.name, entry.queue, entry.max_retries, entry.time_limit) == ("reports.render", "reports", 5, 600)
+    entry = declare(render, "reports.render", queue="reports", max_retries=5, time_limit=600, soft_time_limit=540)
+    assert (entry.name, entry.queue, entry.max_retries) == ("reports.render", "reports", 5)
+    assert (entry.time_limit, entry.soft_time_limit) == (600, 540)
     assert entry.description == "Render a month."
     assert entry.function is render
     assert catalog.entries() == (entry,)
@@ -72,7 +73,7 @@ def test_an_entry_says_what_was_declared(declare: Declare) -> None:
 
 def test_an_entry_has_defaults(declare: Declare) -> None:
     entry = declare(render)
-    assert (entry.queue, entry.max_retries, entry.time_limit) == (None, 3, None)
+    assert (entry.queue, entry.max_retries, entry.time_limit, entry.soft_time_limit) == (None, 3, None, None)
 
 
 def test_an_unknown_task_is_named_by_its_field(declare: Declare) -> None:
@@ -95,7 +96,20 @@ def test_a_name_has_only_plain_characters(declare: Declare, name: str) -> None:
         declare(render, name)
 
 
-@pytest.mark.parametrize("options", [{"queue": "a b"}, {"max_retries": 101}, {"max_retries": -1}, {"time_limit": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"queue": "a b"},
+        {"max_retries": 101},
+        {"max_retries": -1},
+        {"time_limit": 0},
+        {"time_limit": float("nan")},
+        {"soft_time_limit": 0},
+        {"soft_time_limit": -1.0},
+        {"soft_time_limit": 5, "time_limit": 5},
+        {"soft_time_limit": 6, "time_limit": 5},
+    ],
+)
 def test_options_are_bounded(declare: Declare, options: dict[str, Any]) -> None:
     with pytest.raises(errors.TaskDeclarationError, match=f"Task t: .*{next(iter(options))}"):
         declare(render, **options)

@@ -1,6 +1,8 @@
-"""One running service for all the tests of a module."""
+"""One running service for all the tests of a module, which may say otherwise in its `ENVIRONMENT`."""
 
 from collections.abc import Iterator
+from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -29,6 +31,7 @@ def environment(postgres: str, redis: str, port: int) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def module_service(
+    request: pytest.FixtureRequest,
     session_servers: Servers,
     migrated_template: str,
     session_redis_databases: Iterator[str],
@@ -36,7 +39,8 @@ def module_service(
 ) -> Iterator[Service]:
     [port] = ports.free_ports(1)
     with servers.database(session_servers.postgres, template=migrated_template) as postgres:
-        settings = environment(postgres, next(session_redis_databases), port)
+        own: dict[str, str] = getattr(request.module, "ENVIRONMENT", {})
+        settings = environment(postgres, next(session_redis_databases), port) | own
         with service(settings, tmp_path_factory.mktemp("service")) as running:
             running.start_all()
             yield running
@@ -47,3 +51,14 @@ def running(module_service: Service) -> Iterator[Service]:
     """The service; what its processes logged is shown if the test fails."""
     yield module_service
     print(module_service.logs())  # noqa: T201  # pytest shows it with a failure only
+
+
+def spent(running: Service, task_id: UUID) -> list[int]:
+    """Failures, crashes and losses of a task."""
+    found: list[int] = running.value("SELECT ARRAY[failures, crashes, losses] FROM task WHERE id = $1", task_id)
+    return found
+
+
+def outcome(view: dict[str, Any]) -> tuple[str, str | None, int]:
+    """Status, type of error, and attempts, of what is known of a task."""
+    return view["status"], (view["error"] or {}).get("type"), view["attempt"]

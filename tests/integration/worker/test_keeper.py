@@ -195,7 +195,8 @@ async def test_a_slot_whose_pid_is_somebody_else_s_by_now_is_buried_and_nobody_i
 def _occupy(memory: Slots, pid: int, claim: Claim, *, limit_seconds: float) -> None:
     """Take the first slot as a process with this pid would have, which was started at another time."""
     born = slots._look_up(pid)[1] - 1
-    record = slots._RECORD.pack(pid, born, claim.task_id.bytes, claim.attempt, claim.token.bytes, 1.0, limit_seconds)
+    times = 1.0, limit_seconds, 0.0
+    record = slots._RECORD.pack(pid, born, claim.task_id.bytes, claim.attempt, claim.token.bytes, *times)
     start = slots._HEADER
     raw = record + slots._SUM.pack(zlib.crc32(record))
     memory._memory[start : start + len(raw)] = raw

@@ -64,6 +64,33 @@ def test_a_kill_is_allowed_only_while_the_child_shows_the_attempt() -> None:
     assert not slots.ordered_to_die(index, second.claim)
 
 
+def test_what_an_attempt_is_told_is_not_told_to_the_next_one() -> None:
+    slots = Slots.create(concurrency=1)
+    index = slots.occupy()
+    first, second = running(), running()
+
+    slots.show(index, first)
+    assert slots.order_soft_limit(index, first.claim)
+    assert slots.ordered_by_soft_limit(index, first.claim)
+    assert not slots.ordered_to_cancel(index, first.claim)
+    assert not slots.ordered_to_die(index, first.claim)
+
+    slots.show(index, second)
+    assert not slots.order_soft_limit(index, first.claim), "it is too late for a signal"
+    assert not slots.ordered_by_soft_limit(index, second.claim)
+
+
+def test_the_last_slot_has_room_for_every_order() -> None:
+    slots = Slots.create(concurrency=1)
+    last = [slots.occupy() for _ in range(slots.count)][-1]
+    shown = replace(running(limit=9.0), soft_limit_seconds=4.5)
+    slots.show(last, shown)
+
+    for order in (slots.order_death, slots.order_cancel, slots.order_soft_limit):
+        assert order(last, shown.claim)
+    assert slots.all()[-1].running == shown
+
+
 def test_the_stop_of_the_worker_is_seen_by_all() -> None:
     slots = Slots.create(concurrency=1)
     assert not slots.stopping

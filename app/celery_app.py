@@ -28,7 +28,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from app import catalog
 from app.core import config, telemetry
 from app.core.config import Settings
-from app.worker import bridge, execution, submission
+from app.worker import bridge, execution, memory, submission
 from app.worker.slots import Slots
 
 SOCKET_TIMEOUT_SECONDS = 10
@@ -220,8 +220,20 @@ def run_worker(settings: Settings) -> None:
             "--without-gossip",
             "--without-mingle",
             "--without-heartbeat",
+            *_replacing_children(settings),
         ]
     )
+
+
+def _replacing_children(settings: Settings) -> list[str]:
+    """What has Celery replace a child whose tasks leave much behind: the allowance is what each may take anew."""
+    if settings.task_memory_mebibytes is None:
+        return []
+    most = memory.most_of_a_child(settings.task_memory_mebibytes)
+    if most is None:
+        log.warning("TASKQUEUE_TASK_MEMORY_MEBIBYTES has no effect here: the system has no /proc/self/status")
+        return []
+    return [f"--max-memory-per-child={most}"]
 
 
 def _quieten() -> None:

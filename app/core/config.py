@@ -81,6 +81,12 @@ class Settings(BaseSettings):
         validation_alias=_variable("TASKQUEUE_CONCURRENCY"),
         description="Pool children of a worker; the machine's cores unless set.",
     )
+    task_memory_mebibytes: int | None = Field(
+        None,
+        ge=64,
+        validation_alias=_variable("TASKQUEUE_TASK_MEMORY_MEBIBYTES"),
+        description="MiB that one task may take in its pool child; beyond it, `MemoryError`. Unset: no limit.",
+    )
     lease_seconds: float = Field(
         30.0,
         ge=1.0,

@@ -133,7 +133,13 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class Crashed:
-    """The process that ran the attempt died by itself: the task's own doing until proven otherwise."""
+    """The process that ran the attempt died by itself: the task's own doing until proven otherwise.
+
+    Attributes:
+        out_of_memory: the kernel killed it, because the memory of its container was used up.
+    """
+
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +197,10 @@ def decide(budgets: Budgets, outcome: Outcome) -> Transition:
         case Cancelled():
             error = Error(type="Cancelled", message="The task was cancelled")
             return Transition(status=TaskStatus.REVOKED, error=error)
-        case Crashed():
+        case Crashed(out_of_memory):
             crashes = budgets.crashes + 1
-            error = Error(type="WorkerLost", message=f"The process that ran the task died ({crashes} times)")
+            kind, fate = ("OutOfMemory", "was killed for want of memory") if out_of_memory else ("WorkerLost", "died")
+            error = Error(type=kind, message=f"The process that ran the task {fate} ({crashes} times)")
             return _again_or_end(error, "crashes", ends=crashes >= CRASH_BUDGET, wait=2.0 ** (crashes - 1))
         case Misfit(error):
             ends = budgets.refusals + 1 >= REFUSAL_BUDGET

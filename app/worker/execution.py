@@ -29,7 +29,7 @@ from celery.result import AsyncResult
 from app import broker, db, lifecycle, publisher
 from app.core import backoff, errors
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
-from app.worker import bridge, signals
+from app.worker import bridge, memory, signals
 from app.worker.slots import Running, Slots
 
 RESULT_LIMIT_BYTES = 1024 * 1024
@@ -229,9 +229,10 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
     _running = _Attempt(claimed, time.monotonic())
     try:
         arguments = _bound(task, claimed)
-        with signals.let_through():
-            result = task.run(*arguments.args, **arguments.kwargs)
-        return _serialised(result)
+        with memory.allowance(bridge.current().settings.task_memory_mebibytes):
+            with signals.let_through():
+                result = task.run(*arguments.args, **arguments.kwargs)
+            return _serialised(result)
     except TaskCancelled:
         return Cancelled()
     except MisfitError as misfit:

@@ -36,6 +36,7 @@ from app.core import config, errors, metrics, stopping, telemetry
 from app.core.config import Settings
 from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
+from app.worker import memory
 from app.worker.slots import Slot, Slots
 
 LOOK_SECONDS = 0.2
@@ -80,6 +81,7 @@ class Keeper:
         self._unheld: set[Claim] = set()
         self._told: dict[Claim, float] = {}
         self._told_softly: set[Claim] = set()
+        self._oom_kills = memory.OomKills(memory.find_oom_counter())
 
     async def run(self) -> None:
         """Look and renew until the worker is gone and nothing of it is left to settle."""
@@ -113,6 +115,7 @@ class Keeper:
         taken = self._slots.all()
         busy = sum(slot.running is not None for slot in taken)
         metrics.show_pool(",".join(self._settings.queues), slots=self._settings.concurrency, busy=busy)
+        self._oom_kills.look()
         self._told_softly &= {slot.running.claim for slot in taken if slot.running is not None}
         for slot in taken:
             if not slot.lives():
@@ -143,7 +146,9 @@ class Keeper:
         await asyncio.sleep(LOOK_SECONDS / 2)
         if self._slots.stopping:
             return Interrupted()
-        return Crashed() if self._worker_lives() else Lost()
+        if not self._worker_lives():
+            return Lost()
+        return Crashed(out_of_memory=self._oom_kills.explain_a_death())
 
     async def _end(self, slot: Slot, claim: Claim, outcome: Outcome) -> None:
         """End an attempt whose process lives: the row first, so that the truth does not wait for the kill."""

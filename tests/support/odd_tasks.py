@@ -154,6 +154,41 @@ def ends_at_its_soft_limit() -> dict[str, int]:
     return _SlowDict(pages=3)
 
 
+@task("odd.keeps")
+def keeps(mebibytes: int) -> int:
+    """Keep that much memory for as long as the process lives; returns the process's id."""
+    _kept.append(bytearray(b"\x01") * (mebibytes * 1024 * 1024))
+    return os.getpid()
+
+
+_kept: list[bytearray] = []
+
+
+@task("odd.holds")
+def holds(mebibytes: int, seconds: float) -> str:
+    """Fill memory and keep it for a while, or for as long as the kernel allows."""
+    held = [bytearray(b"\x01") * (1024 * 1024) for _ in range(mebibytes)]
+    time.sleep(seconds)
+    return f"held {len(held)}"
+
+
+@task("odd.kill_the_worker")
+def kill_the_worker(mark: str) -> None:
+    """Kill the main process of the worker, and with it every process of the pool; but only the first time."""
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
+
+
+@task("odd.waits_for")
+def waits_for(path: str) -> str:
+    """Run until a file is there."""
+    while not Path(path).exists():
+        time.sleep(0.05)
+    return "saw it"
+
+
 @task("odd.stubborn")
 def stubborn() -> None:
     """Survive whatever is raised in it."""

@@ -39,6 +39,8 @@ def test_a_required_setting_that_is_missing_is_named(environment: pytest.MonkeyP
         ("TASKQUEUE_QUEUES", "forbidden/name"),
         ("TASKQUEUE_QUEUES", ""),
         ("TASKQUEUE_CONCURRENCY", "0"),
+        ("TASKQUEUE_TASK_MEMORY_MEBIBYTES", "63"),
+        ("TASKQUEUE_TASK_MEMORY_MEBIBYTES", "forbidden"),
         ("TASKQUEUE_LEASE_SECONDS", "0.5"),
         ("TASKQUEUE_LEASE_SECONDS", "nan"),
         ("TASKQUEUE_RETENTION_DAYS", "0"),

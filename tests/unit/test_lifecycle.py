@@ -45,6 +45,8 @@ OUTCOMES: list[tuple[Budgets, Outcome, str, str | None, str | None]] = [
     (Budgets(), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=1), Crashed(), "RETRY", "crashes", "WorkerLost"),
     (Budgets(crashes=2), Crashed(), "FAILURE", "crashes", "WorkerLost"),
+    (Budgets(), Crashed(out_of_memory=True), "RETRY", "crashes", "OutOfMemory"),
+    (Budgets(crashes=2), Crashed(out_of_memory=True), "FAILURE", "crashes", "OutOfMemory"),
     (Budgets(crashes=2), Lost(), "RETRY", "losses", "WorkerLost"),
     (Budgets(losses=8), Lost(), "RETRY", "losses", "WorkerLost"),
     (Budgets(losses=9), Lost(), "FAILURE", "losses", "WorkerLost"),

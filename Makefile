@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 DATA_DIR := $(or $(TASKQUEUE_DATA_DIR),.taskqueue)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 # A candidate is run, not looked up: a pyenv shim may be there and fail.
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3 python3.13)
@@ -55,6 +56,10 @@ format: $(VENV)/.dev ## Format the code, and repair what can be repaired safely
 .PHONY: demo-faults
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)
+
+.PHONY: bench-backlog
+bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_ARGS="--explain" shows the plans
+	@exec $(BIN)/python -m benchmarks.backlog $(BENCH_ARGS)
 
 ##@ Rarely
 

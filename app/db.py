@@ -21,6 +21,19 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 STATEMENT_TIMEOUT_SECONDS = 10.0
 REVISION_POLL_SECONDS = 1.0
 
+PLANNER = {
+    "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_material": "off",
+}
+"""Every statement here has its index, and walks from row to row through one. So it is planned once for each
+connection, and the plan must be the right one whatever waits: with statistics from before a backlog came or went,
+the planner would rather read, or hash, the whole table, for each submit."""
+
 Record = asyncpg.Record
 T = TypeVar("T")
 
@@ -141,13 +154,7 @@ class Database:
                     max_inactive_connection_lifetime=0,
                     timeout=min(CONNECT_TIMEOUT_SECONDS, self._patience),
                     reset=_keep_as_it_is,
-                    server_settings={
-                        "application_name": self._application_name,
-                        "jit": "off",
-                        # Every statement has its index. With statistics from before a backlog came or went, the
-                        # planner would rather read the whole table, for each submit.
-                        "enable_seqscan": "off",
-                    },
+                    server_settings={"application_name": self._application_name, **PLANNER},
                 )
             return self._pool
 

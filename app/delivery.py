@@ -220,7 +220,7 @@ UPDATE webhook_delivery
        next_at = CASE WHEN $3 = 'pending' THEN now() + make_interval(secs => $4) ELSE next_at END,
        delivered_at = CASE WHEN $3 = 'delivered' THEN now() END,
        last_status_code = $5, last_error = $6
- WHERE id = $1 AND token = $2 AND status = 'delivering'
+ WHERE id = $1 AND token = $2 AND lease_until IS NOT NULL
 RETURNING true
 """
 
@@ -248,7 +248,7 @@ _RELEASE = """
 UPDATE webhook_delivery d
    SET status = 'pending', attempt = d.attempt - 1, lease_until = NULL, token = NULL
   FROM unnest($1::uuid[], $2::uuid[]) AS held (id, token)
- WHERE d.id = held.id AND d.token = held.token AND d.status = 'delivering'
+ WHERE d.id = held.id AND d.token = held.token AND d.lease_until IS NOT NULL
 RETURNING d.id
 """
 

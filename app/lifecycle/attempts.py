@@ -69,6 +69,9 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
     )
 
 
+# From here on the fence asks for the lease, which a task has if and only if it is STARTED (a CHECK says so). Were it
+# to ask for the status, the planner might read the whole index of what is running: it is tiny, until it is not.
+
 # `mine` reports what was asked for, whether or not the row still agrees. Leases are only pushed out
 # once a third of them is used, so that asking every second does not write every second. Rows are
 # locked in the order of their ids, so that two statements over the same rows can't deadlock.
@@ -78,15 +81,15 @@ mine AS (
     SELECT * FROM unnest($1::uuid[], $2::int[], $3::uuid[]) AS m (id, attempt, token)
 ), due AS (
     SELECT t.id FROM task t JOIN mine m USING (id), quick
-     WHERE t.attempt = m.attempt AND t.token = m.token AND t.status = 'STARTED'
-       AND t.lease_until < now() + make_interval(secs => $4 * 2 / 3)
+     WHERE t.attempt = m.attempt AND t.token = m.token
+       AND t.lease_until < now() + make_interval(secs => $4::float8 * 2 / 3)
      ORDER BY t.id FOR UPDATE OF t
 ), renewed AS (
     UPDATE task t SET lease_until = now() + make_interval(secs => $4) FROM due WHERE t.id = due.id
 )
 SELECT m.id, m.attempt, m.token, t.id IS NOT NULL AS held, COALESCE(t.cancel_requested, false) AS cancel_requested
   FROM mine m
-  LEFT JOIN task t ON t.id = m.id AND t.attempt = m.attempt AND t.token = m.token AND t.status = 'STARTED'
+  LEFT JOIN task t ON t.id = m.id AND t.attempt = m.attempt AND t.token = m.token AND t.lease_until IS NOT NULL
 """
 
 
@@ -125,7 +128,7 @@ WITH moved AS (
            losses = losses + ($10 = 'losses')::int,
            refusals = refusals + ($10 = 'refusals')::int,
            token = CASE WHEN $11 THEN token END
-     WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED' AND (NOT $12 OR lease_until < now())
+     WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
     RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
 ), hook AS ({delivery.intend("moved")})
 SELECT * FROM moved
@@ -185,7 +188,7 @@ async def _settle(
 _PROGRESS = """
 WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE task SET progress = $4, progress_message = $5 FROM quick
- WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED'
+ WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL
 """
 
 

@@ -112,7 +112,7 @@ async def budgets(db: Database, held: Claim) -> Budgets | None:
     """What the task of a claim has spent; None if the claim no longer holds."""
     row = await db.fetchrow(
         "SELECT failures, crashes, losses, refusals, max_retries FROM task"
-        " WHERE id = $1 AND attempt = $2 AND token = $3 AND status = 'STARTED'",
+        " WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL",
         held.task_id,
         held.attempt,
         held.token,
@@ -129,9 +129,13 @@ class QueueCounts:
     running: int
 
 
+# What waits is counted in two, because each has an index of its own.
 _QUEUE_COUNTS = """
 SELECT q.queue,
-       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY')) AS waiting,
+       (SELECT count(*) FROM task t
+         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NULL)
+     + (SELECT count(*) FROM task t
+         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NOT NULL) AS waiting,
        (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running
   FROM unnest($1::text[]) AS q (queue)
 """
@@ -145,9 +149,9 @@ async def queue_counts(db: Database, queues: Sequence[str]) -> list[QueueCounts]
 # One probe for each queue there is, not for each row: from one name to the next, in the indexes that lead with it.
 _UNFINISHED_QUEUES = """
 WITH RECURSIVE found (queue) AS (
-    (SELECT min(queue) FROM task WHERE {condition})
+    (SELECT queue FROM task WHERE {condition} ORDER BY queue LIMIT 1)
     UNION ALL
-    SELECT (SELECT min(queue) FROM task WHERE {condition} AND queue > found.queue)
+    SELECT (SELECT queue FROM task WHERE {condition} AND queue > found.queue ORDER BY queue LIMIT 1)
       FROM found WHERE found.queue IS NOT NULL
 )
 SELECT queue FROM found WHERE queue IS NOT NULL

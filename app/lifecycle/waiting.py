@@ -15,8 +15,9 @@ from app.db import Database, Record
 from app.lifecycle import rules
 from app.lifecycle.values import Bell, Ended, NewTask, Settled, ended_of, settled_of
 
-# `held_back`: rows of this queue that were never pushed. While there are any, new ones go to the
-# relay as well, so that nobody overtakes.
+# `may_push`: no rows of this queue wait that were never pushed. While there are any, new ones go to the relay as
+# well, so that nobody overtakes. The last in line is asked for, not the first: before the first lie the dead
+# entries of all that were fed since the last vacuum.
 _SUBMIT = """
 WITH due AS (
     SELECT COALESCE($13::timestamptz, now() + make_interval(secs => $12::float8)) AS run_at
@@ -26,7 +27,7 @@ WITH due AS (
                SELECT position FROM task
                 WHERE queue = $3 AND status IN ('PENDING', 'RETRY') AND attempt = 0
                   AND published_at IS NULL AND position IS NOT NULL
-                ORDER BY queue, position LIMIT 1) IS NULL AS may_push
+                ORDER BY queue DESC, position DESC LIMIT 1) IS NULL AS may_push
       FROM due
 )
 INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, max_retries, time_limit, traceparent,

@@ -7,7 +7,7 @@ import pytest
 from app import db
 from app.core import errors
 from app.core.config import Settings
-from app.db import Database, insist
+from app.db import PLANNER, Database, insist
 from tests.support.database import submitted
 from tests.support.network import closed_port
 from tests.support.waiting import until
@@ -204,5 +204,5 @@ async def test_nothing_is_sent_between_two_statements(database: Database) -> Non
 
 
 async def test_a_session_is_set_up_for_statements_that_have_their_indexes(database: Database) -> None:
-    for setting, value in (("jit", "off"), ("enable_seqscan", "off"), ("application_name", "test")):
+    for setting, value in {**PLANNER, "application_name": "test"}.items():
         assert await database.fetchval(f"SHOW {setting}") == value

@@ -368,6 +368,14 @@ async def test_a_renewal_writes_only_what_is_a_third_used_and_tells_what_is_not_
     assert renewed - await lifecycle.clock(db) > timedelta(seconds=20)
 
 
+async def test_a_lease_of_a_fraction_of_a_second_is_renewed_for_that_long(db: Database) -> None:
+    held = (await started(db, await submitted(db), lease_seconds=0.1)).claim
+    await lifecycle.renew(db, [held], lease_seconds=0.9)
+
+    renewed = (await row(db, held.task_id))["lease_until"]
+    assert renewed - await db.fetchval("SELECT now() - interval '10 s'") > timedelta(seconds=10)
+
+
 async def test_only_an_expired_lease_is_reaped(db: Database) -> None:
     alive, dead = [(await started(db, await submitted(db))).claim for _ in range(2)]
     await db.execute("UPDATE task SET lease_until = now() - interval '1 ms' WHERE id = $1", dead.task_id)

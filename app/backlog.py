@@ -1,8 +1,9 @@
 """The cap on what may wait: beyond it, submits are asked to come back later.
 
-Counting a long backlog is work for Postgres, so each API process keeps an
-estimate: a count now and then, and what it has accepted since. The count stops
-at the cap, and the longer it took, the longer until the next one.
+Counting a long backlog is work for Postgres, so nobody counts one that is far
+from the cap: the size of two indexes says that it is. Nearer to it each API
+process keeps an estimate, a count now and then and what it has accepted since.
+The count stops at the cap, and the longer it took, the longer until the next.
 """
 
 import asyncio
@@ -53,7 +54,12 @@ class Backlog:
             await asyncio.sleep(max(RECOUNT_SECONDS, took / SHARE_OF_TIME))
 
     async def recount(self) -> None:
-        """Count what waits. What is accepted meanwhile may be counted twice, until the next time."""
+        """Count what waits, or learn that it is less than half the cap, which is then taken to wait.
+
+        What is accepted meanwhile may be counted twice, until the next time.
+        """
         before = self._accepted_since
-        self._counted = await lifecycle.count_waiting(self._db, limit=self._cap + 1)
+        most = await lifecycle.most_waiting(self._db)
+        near = most > self._cap // 2
+        self._counted = await lifecycle.count_waiting(self._db, limit=self._cap + 1) if near else most
         self._accepted_since -= before

@@ -35,6 +35,8 @@ GAP_SECONDS = 3.0
 """How long after its last answer Postgres counts as connected: beyond it, leases may have run out unheard."""
 BATCH = 500
 EXPORT_SECONDS = 10.0
+EXPORT_SHARE_OF_TIME = 0.02
+"""How much of the time may be spent on counting the queues: the longer a backlog, the rarer its counts."""
 PRUNE_SECONDS = 5.0
 STRAY_SECONDS = 60.0
 DAY_SECONDS = 86_400.0
@@ -124,17 +126,21 @@ class Relay:
         notes = self.notes.get(queue)
         if not notes or time.monotonic() - notes[0].monotonic < self.grace_seconds:
             return 0
-        bells = await lifecycle.take_lost(
-            self.db,
-            queue,
-            below_position=notes[0].position,
-            published_before=notes[0].taken_at,
-            limit=BATCH,
-        )
-        await self._push(queue, bells)
-        if bells:
-            log.warning("%d messages of queue %s were lost and are pushed again", len(bells), queue)
-        return len(bells)
+        note = notes[0]
+        below, found = note.position, 0
+        while True:
+            bells = await lifecycle.take_lost(
+                self.db, queue, below_position=below, published_before=note.taken_at, limit=BATCH
+            )
+            await self._push(queue, bells)
+            found += len(bells)
+            if len(bells) < BATCH:
+                break
+            # Further down: a search from the top would step over all that has just been pushed.
+            below = bells[0].position
+        if found:
+            log.warning("%d messages of queue %s were lost and are pushed again", found, queue)
+        return found
 
     async def reap(self, queue: str) -> int:
         """End or retry attempts whose lease ran out, once this relay has been connected for a lease."""
@@ -184,7 +190,7 @@ class Relay:
         return len(claimed)
 
     async def export(self) -> int:
-        """Export the state of the queues. A source that fails takes its series away, never shows 0."""
+        """Export the state of the queues, row by row. A source that fails takes its series away, never shows 0."""
         try:
             counts = await lifecycle.queue_counts(self.db, self.settings.queues)
             for one in counts:
@@ -245,8 +251,13 @@ class Relay:
         self.answered_at = now
 
 
-async def _every(seconds: float, sweep: Callable[[], Awaitable[object]], what: str) -> None:
-    """Repeat a sweep. An outage is logged once, and again when it ends."""
+async def _every(
+    seconds: float, sweep: Callable[[], Awaitable[object]], what: str, *, share_of_time: float = 1.0
+) -> None:
+    """Repeat a sweep, more rarely if it takes more than its share of the time.
+
+    An outage is logged once, and again when it ends.
+    """
     out = False
     while True:
         began = time.monotonic()
@@ -261,7 +272,9 @@ async def _every(seconds: float, sweep: Callable[[], Awaitable[object]], what: s
             out = True
         except Exception:
             log.exception("%s failed", what)
-        await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
+        took = time.monotonic() - began
+        # What an outage took says nothing of what the next time will take.
+        await asyncio.sleep(max(seconds, took if out else took / share_of_time) - took)
 
 
 async def serve(settings: Settings) -> None:
@@ -287,7 +300,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     loops = [
         _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
         _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
-        _every(EXPORT_SECONDS, relay.export, "exporting the queues"),
+        _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
     ]
@@ -318,8 +331,7 @@ async def _prune(relay: Relay) -> None:
 
 async def _look_for_lost(relay: Relay, queue: str) -> None:
     await relay.note_tail(queue)
-    while await relay.publish_lost(queue) == BATCH:
-        pass
+    await relay.publish_lost(queue)
 
 
 async def _beat(relay: Relay) -> None:

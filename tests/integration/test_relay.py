@@ -1,3 +1,4 @@
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from standardwebhooks import Webhook
 from app import broker, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import errors
+from app.core import errors, stopping
 from app.core.config import Settings
 from app.db import Database
 from app.lifecycle import Budgets, Error, RetryAsked, Succeeded, decide
@@ -298,3 +299,20 @@ def _bell(stored: Any) -> lifecycle.Bell:
         attempt=stored["attempt"],
         position=stored["position"],
     )
+
+
+async def test_a_sweep_that_takes_long_comes_rarely_but_an_outage_does_not_count() -> None:
+    began = []
+
+    async def sweep() -> None:
+        began.append(time.monotonic())
+        await asyncio.sleep(0.05)
+        if len(began) < 3:
+            raise errors.DatabaseUnavailable("gone")
+
+    loop = asyncio.create_task(relays._every(0.0, sweep, "sweeping", share_of_time=0.1))
+    await until(lambda: len(began) == 4, what="the fourth sweep")
+    await stopping.stop(loop)
+    first, _, third, fourth = began
+    assert third - first < fourth - third
+    assert fourth - third > 0.4

@@ -150,7 +150,10 @@ class TaskTombstone(SQLModel, table=True):
     """A task that was removed after its retention, so that its id is known to have been there."""
 
     __tablename__ = "task_tombstone"
-    __table_args__ = (Index("task_tombstone_pruned", "pruned_at"),)
+    __table_args__ = (
+        Index("task_tombstone_pruned", "pruned_at"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
 
     id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
     pruned_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
@@ -167,6 +170,8 @@ class WebhookDelivery(SQLModel, table=True):
         Index("webhook_delivery_event", "task_id", "sequence", unique=True),
         Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
         Index("webhook_delivery_leased", "lease_until", postgresql_where=text("status = 'delivering'")),
+        # As for tasks: what was sent must not lie for long before what is due.
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
     )
 
     id: UUID = Field(sa_column=Column(Uuid, primary_key=True))

@@ -14,6 +14,7 @@ afterwards whether a promise was broken.
 import asyncio
 import contextlib
 import random
+import re
 import shutil
 import threading
 import time
@@ -173,18 +174,18 @@ class Stack:
         """End everything."""
         self._closing.close()
 
-    def start_api(self) -> Process:
-        """Start the API, in place of one that has gone."""
-        self.api = self.service.start("api")
+    def start_api(self, **changes: str) -> Process:
+        """Start the API, in place of one that has gone; `changes` are variables that it sees otherwise."""
+        self.api = self.service.start("api", **changes)
         return self.api
 
-    def start_worker(self) -> Process:
-        """Start one more worker."""
-        return self.service.start("worker", TASKQUEUE_DATA_DIR=self._own_directory())
+    def start_worker(self, **changes: str) -> Process:
+        """Start one more worker; `changes` as in `start_api`."""
+        return self.service.start("worker", TASKQUEUE_DATA_DIR=self._own_directory(), **changes)
 
-    def start_relay(self) -> Process:
-        """Start one more relay."""
-        return self.service.start("relay", TASKQUEUE_DATA_DIR=self._own_directory())
+    def start_relay(self, **changes: str) -> Process:
+        """Start one more relay; `changes` as in `start_api`."""
+        return self.service.start("relay", TASKQUEUE_DATA_DIR=self._own_directory(), **changes)
 
     def wait_ready(self) -> None:
         """Return once the API is ready and every worker and relay beats."""
@@ -227,6 +228,13 @@ class Stack:
                 one.kill()
         self.postgres.kill()
         return at
+
+    def replace_postgres(self, server: EmbeddedPostgres) -> None:
+        """End Postgres well, and start another one on its data."""
+        self.postgres.stop()
+        self.postgres = RunningServer(server)
+        self._closing.callback(self.postgres.stop)
+        self.postgres.start()
 
     # What is submitted, and what is known of it.
 
@@ -323,6 +331,18 @@ class Stack:
             if one.status == "STARTED" and one.at >= since:
                 first.setdefault(one.task_id, one.at)
         return max(first.values(), default=since) - since
+
+    def messages_again(self, tasks: Sequence[str], since: float, seconds: float = 60) -> float:
+        """Wait until none of these tasks waits with a message from before `since`; returns how long after it."""
+        stale = """SELECT 1 FROM task WHERE id = ANY($1::uuid[]) AND status IN ('PENDING', 'RETRY')
+                      AND COALESCE(published_at, run_at) < to_timestamp($2) LIMIT 1"""
+        wait_until(lambda: not self.fetch(stale, list(tasks), since), seconds, f"new messages of {len(tasks)}")
+        return time.time() - since
+
+    def pushed_again(self) -> int:
+        """How many messages the relays took for lost and pushed again, by what they logged."""
+        logs = [one.log.read_text() for one in self.service.processes if one.command == "relay"]
+        return sum(int(count) for log in logs for count in _PUSHED_AGAIN.findall(log))
 
     def depth(self) -> int:
         """How many messages are in the queue."""
@@ -475,6 +495,7 @@ class Stack:
         }
 
 
+_PUSHED_AGAIN = re.compile(r"(\d+) messages of queue \S+ were lost and are pushed again")
 _ROLES: tuple[Role, ...] = ("api", "worker", "relay")
 API_CONNECTIONS = 10
 REDIS_CONNECTIONS = 60

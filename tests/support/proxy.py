@@ -35,17 +35,20 @@ class Trap:
         then: what becomes of the connection that carried them: `cut` closes it, `silence` keeps it and carries
             nothing more that way.
         sprung: set once it has done so; it does so once.
+        caught: the bytes that did not arrive, once it has.
     """
 
     wanted: bytes
     sender: Literal["client", "server"]
     then: Literal["cut", "silence"]
     sprung: threading.Event = field(default_factory=threading.Event)
+    caught: bytes = b""
 
     def catches(self, data: bytes, sender: str) -> bool:
         """Whether these bytes are the ones, for the first time."""
         if sender != self.sender or self.wanted not in data or self.sprung.is_set():
             return False
+        self.caught = data
         self.sprung.set()
         return True
 

@@ -126,7 +126,7 @@ class TaskDecorator:
         """Register a function as a task.
 
         Args:
-            name: 1 to 255 letters, digits and `_ . - :`; what clients submit.
+            name: 1 to 255 letters, digits and `_ . - :`, not beginning with `celery.`; what clients submit.
             queue: where it waits; the first of TASKQUEUE_QUEUES unless given.
             max_retries: runs after a failed first one, 0 to 100.
             autoretry_for: exceptions after which it runs again. All others end it.
@@ -263,7 +263,7 @@ def _check_options(name: str, queue: str | None, max_retries: int) -> None:
 
 def _option_faults(name: str, queue: str | None, max_retries: int) -> Iterable[str]:
     if not TASK_NAME.fullmatch(name):
-        yield "the name must be 1 to 255 letters, digits and _ . - :"
+        yield "the name must be 1 to 255 letters, digits and _ . - :, and not begin with celery."
     if queue is not None and not QUEUE_NAME.fullmatch(queue):
         yield "the queue must be 1 to 64 letters, digits and _ . : -"
     if not 0 <= max_retries <= limits.MAX_RETRIES:

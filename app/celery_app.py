@@ -23,6 +23,7 @@ from typing import Any
 from celery import bootsteps, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import state
+from celery.worker.consumer import consumer
 from kombu.transport import TRANSPORT_ALIASES
 
 from app import catalog
@@ -35,6 +36,8 @@ SOCKET_TIMEOUT_SECONDS = 10
 BEAT_SECONDS = 2.0
 KEEPER_SILENCE_SECONDS = 10.0
 """How long a keeper may not look before it is replaced; a start takes one or two of them."""
+REFUSAL_PAUSE_SECONDS = 0.25
+"""How long a worker takes no message after one that it did not know, so that others are served first."""
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +244,10 @@ def _quieten() -> None:
     for name in ("celery.app.trace", "celery.worker.strategy"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("celery.worker.request").setLevel(logging.CRITICAL)
+    # A page and a traceback for each unknown task; `_refuse` says it in one line.
+    logging.getLogger("celery.worker.consumer.consumer").addFilter(
+        lambda record: record.msg is not consumer.UNKNOWN_TASK_ERROR
+    )
     # Running as root is for the image to rule out; nothing here unpickles what comes from outside.
     warnings.filterwarnings("ignore", category=SecurityWarning)
 
@@ -263,9 +270,14 @@ def _stop_child(**_: Any) -> None:
     bridge.close()
 
 
-def _refuse(sender: Any = None, message: Any = None, **_: Any) -> None:
-    """A rolling deploy: this worker is older or newer than the submit. Another may know the task."""
-    for step in sender.controller.steps if sender is not None else ():
+def _refuse(sender: Any = None, message: Any = None, name: str = "", **_: Any) -> None:
+    """A rolling deploy: this worker is older or newer than the submit. Another may know the task.
+
+    Refusing is quicker than running, so a worker that only refuses would empty the queue alone.
+    """
+    log.warning("task %s is not known here, and is handed back", name)
+    sender.task_consumer.channel.pause(REFUSAL_PAUSE_SECONDS)
+    for step in sender.controller.steps:
         if isinstance(step, KeeperStep):
             step.refuse(message.headers)
 

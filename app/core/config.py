@@ -24,7 +24,8 @@ ENV_FILE = ".env"
 STANDARD_WEBHOOKS_SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 """Seconds between attempts: ten over 75 h 35 min (Standard Webhooks, "Deliverability and reliability")."""
 
-TASK_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,255}")
+TASK_NAME = re.compile(r"(?!celery\.)[A-Za-z0-9_.:-]{1,255}")
+"""Celery has tasks of its own, which nobody may submit and no message may name."""
 QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
 Words = Annotated[tuple[str, ...], NoDecode]

@@ -3,10 +3,12 @@
 Whoever writes to Redis writes to workers. Stock kombu ends the worker on a JSON
 list, reconnects on an object without properties, and follows whatever a message
 says: callbacks, ETAs, other bodies. Here a message is read, only what it is
-believed for is kept (`broker.read`), and Celery gets an envelope made anew.
+believed for is kept (`broker.decode`), and Celery gets an envelope made anew.
 """
 
 import logging
+import time
+from queue import Empty
 from typing import Any
 
 from kombu.transport import redis
@@ -14,27 +16,71 @@ from kombu.transport import redis
 from app import broker
 from app.core import errors
 
+PAUSE_SECONDS = 1.0
+"""How long Redis is left alone after it refused to hand out messages."""
+
 log = logging.getLogger(__name__)
 
 
 class Channel(redis.Channel):
-    """A channel that survives what is not JSON."""
+    """A channel that survives what is not JSON, and a Redis that refuses.
 
-    def _brpop_read(self, **options: Any) -> Any:
-        self.connection.parsed = False
+    It asks for messages and puts some back, and writes nothing else: a Redis that is full refuses every write.
+    """
+
+    refused = False
+    resumes_at = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Ask for no message for so long, so that others are served first."""
+        self.resumes_at = time.monotonic() + seconds
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        if time.monotonic() >= self.resumes_at:
+            super()._brpop_start(timeout)
+
+    def _brpop_read(self, **options: Any) -> bool:
+        """Take a popped message as it is. Kombu's reader makes objects of it, which any message can have fail."""
         try:
-            return super()._brpop_read(**options)
-        except (ValueError, RecursionError):
-            if self.connection.parsed:
-                raise
-            log.warning("dropped a message that is not JSON")
+            popped = self.client.parse_response(self.client.connection, "BRPOP", **options)
+        except self.connection_errors:
+            self.client.connection.disconnect()
+            raise
+        except self.ResponseError as refusal:
+            # A key of another type, a replica, a rule: stock Celery ends the worker, and with it what runs.
+            if not self.refused:
+                log.error("Redis hands out no messages: %s", refusal)  # noqa: TRY400  # what it says is all there is
+            self.refused = True
+            self.pause(PAUSE_SECONDS)
+            # Behind the same name there may be another server by now, as after a failover.
+            self.client.connection.disconnect()
             return True
+        finally:
+            self._in_poll = False
+            self._flush_brpop_reauth()
+        if self.refused:
+            log.info("Redis hands out messages again")
+            self.refused = False
+        if not popped:
+            raise Empty
+        queue, raw = popped
+        self._queue_cycle.rotate(queue.decode())
+        self.connection._deliver(raw, queue.decode())  # noqa: SLF001  # as kombu's own channel does
+        return True
+
+    def _size(self, queue: str) -> int:
+        """Not asked: Celery wants it at its start only, and does nothing with it."""
+        del queue
+        return 0
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        """Not written: messages are pushed to a queue by its name, and put back so."""
 
     def _restore(self, message: Any, leftmost: bool = False) -> None:
         """Put back a message that no child took. If Redis is away, kombu would write it to a file and leave it."""
         try:
             super()._restore(message, leftmost)
-        except self.connection_errors:
+        except (*self.connection_errors, self.ResponseError):
             log.info("a message was not put back; its task is found by the search for lost messages")
 
 
@@ -42,12 +88,10 @@ class Transport(redis.Transport):
     """Redis, for messages of this service alone."""
 
     Channel = Channel
-    parsed = False
 
-    def _deliver(self, message: Any, queue: str) -> None:
-        self.parsed = True
+    def _deliver(self, message: bytes, queue: str) -> None:
         try:
-            received = broker.read(message)
+            received = broker.decode(message)
         except errors.EnvelopeError as unread:
             # Nothing is lost: if there is a row behind it, the search for lost messages finds that.
             log.warning("dropped a message on %s: %s", queue, unread)

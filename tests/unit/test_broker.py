@@ -154,6 +154,8 @@ def test_of_a_forged_message_only_what_a_message_says_is_believed() -> None:
         broker.encode(replace(BELL, name=""), "q"),
         broker.encode(BELL, "q").replace(b'"version":1', b'"version":"1"'),
         broker.encode(BELL, "q").replace(b'"version":1', b'"version":null'),
+        broker.encode(replace(BELL, name="celery.chord_unlock"), "q"),
+        b'{"__type__": "uuid", "__value__": "x"}',
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":true'),
         broker.encode(BELL, "q").replace(b'"attempt":2', b'"attempt":1e3'),
         broker.encode(BELL, "q").replace(b'"position":77', b'"position":99999999999999999999'),

@@ -90,7 +90,7 @@ def test_a_name_is_taken_once(declare: Declare) -> None:
         declare(lambda: None)
 
 
-@pytest.mark.parametrize("name", ["", "with space", "é", "a/b", "x" * 256, "new\nline"])
+@pytest.mark.parametrize("name", ["", "with space", "é", "a/b", "x" * 256, "new\nline", "celery.mine"])
 def test_a_name_has_only_plain_characters(declare: Declare, name: str) -> None:
     with pytest.raises(errors.TaskDeclarationError, match="the name must be"):
         declare(render, name)

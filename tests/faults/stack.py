@@ -73,8 +73,8 @@ class Pristine:
             server.stop()
 
     def copy(self, target: Path) -> None:
-        """Copy it, for a server on a port of its own."""
-        shutil.copytree(self._directory, target)
+        """Copy it, for a server on a port of its own. The target may be there already: a disk of its own."""
+        shutil.copytree(self._directory, target, dirs_exist_ok=True)
         (target / "port").unlink()
         for path in [target, *target.rglob("*")]:
             owner = (self._directory / path.relative_to(target)).stat()
@@ -374,6 +374,7 @@ class Stack:
         """
         for proxy in self._networks.values():
             proxy.restore()
+            proxy.bury()
         wait_until(self._is_over, end_seconds, f"the end of everything ({self._unfinished()})")
         self._probe()
         assert not self.client.broken, f"answers that no client should get: {self.client.broken[:3]}"

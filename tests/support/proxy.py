@@ -71,6 +71,7 @@ class Proxy:
         self._door = self._bound()
         self._accepting: asyncio.Task[None] | None = None
         self._carried: set[asyncio.Task[None]] = set()
+        self._forgotten: set[asyncio.Task[None]] = set()
         self._traps: list[Trap] = []
         self._flows = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -95,6 +96,10 @@ class Proxy:
                 forgotten them; only new ones work.
         """
         self._run(self._restore(revive))
+
+    def bury(self) -> None:
+        """Close the connections that a black hole left silent, as both ends do after a quarter of an hour."""
+        self._run(self._bury())
 
     def trap(self, wanted: bytes, *, sender: Literal["client", "server"], then: Literal["cut", "silence"]) -> Trap:
         """Lose the first packet from now on that holds these bytes, and the connection that carries it."""
@@ -134,11 +139,16 @@ class Proxy:
     async def _stop_the_flow(self) -> None:
         self._flows.clear()
 
+    async def _bury(self) -> None:
+        forgotten, self._forgotten = self._forgotten, set()
+        await _cancelled(*forgotten)
+
     async def _restore(self, revive: bool) -> None:
         if revive:
             self._flows.set()
         else:
             # Those in the old hole go on waiting for an event that nobody sets any more.
+            self._forgotten |= self._carried
             self._flows = asyncio.Event()
             self._flows.set()
         if self._accepting is None:

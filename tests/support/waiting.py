@@ -44,3 +44,9 @@ def wait_until(condition: Callable[[], T], deadline_seconds: float = 10, what: s
             return answer
         assert time.monotonic() < deadline, f"{what} did not come true within {deadline_seconds:g} s"
         time.sleep(POLL_SECONDS)
+
+
+def lasting(seconds: float) -> None:
+    """Let a fault last: the one wait whose condition is that time has passed."""
+    until_then = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= until_then, seconds + 60, "the end of a fault")

@@ -67,6 +67,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "worker_redirect_stdouts": False,
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        # What a full or demoted Redis answers ends with it, not with the worker.
+        "broker_channel_error_retry": True,
         "broker_pool_acquire_timeout": 5,
         "broker_transport_options": {
             # Messages are hints: without the `unacked` hash there is nothing to leak, restore or block on.

@@ -139,10 +139,14 @@ class Database:
                 raise errors.DatabaseUnavailable(
                     f"Postgres has not the tables of this release: run taskqueue migrate ({type(failed).__name__})"
                 ) from failed
+            if isinstance(failed, TimeoutError):
+                # Silence is of the network as a rule: the idle connections went the same way, and each of them
+                # would cost a timeout of its own.
+                await pool.expire_connections()
             raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(failed).__name__})") from failed
         finally:
             with contextlib.suppress(*_AWAY):
-                await pool.release(connection)
+                await pool.release(connection, timeout=self._patience)
 
     async def _opened(self) -> "asyncpg.Pool[Record]":
         async with self._opening:

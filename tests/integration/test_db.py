@@ -10,6 +10,7 @@ from app.core.config import Settings
 from app.db import PLANNER, Database, insist
 from tests.support.database import submitted
 from tests.support.network import closed_port
+from tests.support.proxy import proxied
 from tests.support.waiting import until
 
 BACKEND = "SELECT pg_backend_pid()"
@@ -206,3 +207,18 @@ async def test_nothing_is_sent_between_two_statements(database: Database) -> Non
 async def test_a_session_is_set_up_for_statements_that_have_their_indexes(database: Database) -> None:
     for setting, value in {**PLANNER, "application_name": "test"}.items():
         assert await database.fetchval(f"SHOW {setting}") == value
+
+
+async def test_connections_that_were_forgotten_on_their_way_cost_one_timeout_in_all(settings: Settings) -> None:
+    with proxied(settings.postgres_dsn) as network:
+        database = Database(network.url, max_connections=4, application_name="test", patience_seconds=1.0)
+        try:
+            await asyncio.gather(*(database.fetchval("SELECT pg_sleep(0.2)") for _ in range(4)))
+            network.black_hole()
+            network.restore(revive=False)
+            with pytest.raises(errors.DatabaseUnavailable):
+                await database.ping()
+            for _ in range(4):
+                await database.ping()
+        finally:
+            await database.close()

@@ -289,9 +289,11 @@ async def serve(settings: Settings) -> None:
         relay = Relay(settings, database, broker, sender)
         loops = [asyncio.create_task(one) for one in _loops(relay)]
         await stop.wait()
+        # From the signal on: ending the loops may itself take seconds, during which the webhooks go on.
+        over_at = loop.time() + settings.grace_seconds / 2
         await stopping.stop(*loops)
         if relay.sending:
-            await asyncio.wait(relay.sending, timeout=settings.grace_seconds / 2)
+            await asyncio.wait(relay.sending, timeout=max(0.0, over_at - loop.time()))
     await broker.close()
     await database.close()
 

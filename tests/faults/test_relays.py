@@ -25,6 +25,7 @@ MANY = 300
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_a_receiver_that_is_down_then_fails_then_is_slow(running: Stack, report: Report) -> None:
     with proxied(running.receiver.url) as network:
         network.cut()

@@ -75,13 +75,14 @@ class Relay:
     answered_at: float = 0.0
     sending: set[asyncio.Task[None]] = field(default_factory=set)
     strays: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
 
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for."""
         room = publisher.DEPTH_CAP - await self.broker.depth(queue)
         if room <= 0:
             return 0
-        bells = await lifecycle.take_due(self.db, queue, limit=min(BATCH, room))
+        bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue), room))
         await self._push(queue, bells)
         return len(bells)
 
@@ -129,12 +130,13 @@ class Relay:
         note = notes[0]
         below, found = note.position, 0
         while True:
+            batch = self._batch(queue)
             bells = await lifecycle.take_lost(
-                self.db, queue, below_position=below, published_before=note.taken_at, limit=BATCH
+                self.db, queue, below_position=below, published_before=note.taken_at, limit=batch
             )
             await self._push(queue, bells)
             found += len(bells)
-            if len(bells) < BATCH:
+            if len(bells) < batch:
                 break
             # Further down: a search from the top would step over all that has just been pushed.
             below = bells[0].position
@@ -209,6 +211,14 @@ class Relay:
         self.strays = strays
         return len(strays)
 
+    def _batch(self, queue: str) -> int:
+        """How many rows to stamp at once: only one where Redis refused the last push.
+
+        A Redis that is full answers what is read and refuses what is written. A whole batch would be stamped,
+        and its stamps taken back, several times a second for as long as that lasts.
+        """
+        return 1 if queue in self.refused else BATCH
+
     async def _push(self, queue: str, bells: list[lifecycle.Bell]) -> None:
         """Push what was stamped; what could not be pushed has its stamp taken back."""
         left = list(bells)
@@ -219,8 +229,11 @@ class Relay:
                     await self.broker.publish(queue, batch, at_tail=overdue)
                     left = [bell for bell in left if bell.overdue is not overdue]
         except errors.BrokerUnavailable:
+            self.refused.add(queue)
             await lifecycle.unpublish(self.db, left)
             raise
+        if bells:
+            self.refused.discard(queue)
 
     async def _send(self, claimed: delivery.Claimed) -> None:
         body = delivery.body(claimed, self.settings.webhook_payload)

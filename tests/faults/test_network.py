@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.mark.slow
 def test_a_black_hole_between_api_and_postgres(running: Stack, report: Report) -> None:
-    running.client.http = httpx.Client(base_url=running.service.http.base_url, timeout=90)
+    be_patient(running)
     network = running.network("postgres", "api")
     recovery = 0.0
     for revive in (True, False):
@@ -50,7 +50,7 @@ def test_a_black_hole_between_api_and_postgres(running: Stack, report: Report) -
 
 @pytest.mark.slow
 def test_connections_that_a_middlebox_forgot_cost_one_timeout_in_all(running: Stack, report: Report) -> None:
-    running.client.http = httpx.Client(base_url=running.service.http.base_url, timeout=90)
+    be_patient(running)
     network = running.network("postgres", "api")
     submit_at_once(running, 40)  # as many connections as the API may have
     network.black_hole()
@@ -167,6 +167,11 @@ def test_the_answer_to_a_push_is_lost(running: Stack, report: Report) -> None:
     figures = running.finish("the answer to a push lost", recovery_seconds=recovery, allowed_seconds=LOST_SECONDS)
     assert figures.run_twice == 0
     report(figures)
+
+
+def be_patient(running: Stack) -> None:
+    """Have the client wait for every answer, however long the API takes."""
+    running.service.http.timeout = httpx.Timeout(90)
 
 
 def submit_at_once(running: Stack, count: int) -> Sequence[str | None]:

@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 DATA_DIR := $(or $(TASKQUEUE_DATA_DIR),.taskqueue)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py)
 BENCH_ARGS ?=
 
 # A candidate is run, not looked up: a pyenv shim may be there and fail.
@@ -34,8 +35,8 @@ test: $(VENV)/.dev ## Run every test that needs no cluster
 	@exec $(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: $(VENV)/.dev ## Run every fault against real processes, one after another; FAULTS_SEED repeats a run
-	@exec $(BIN)/python -m pytest tests/faults tests/integration/test_upgrade.py -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
+test-faults: $(VENV)/.dev ## Run every fault and all that is slow, one after another; FAULTS_SEED repeats a run
+	@exec $(BIN)/python -m pytest tests/faults $(SLOW) -p no:xdist -p no:randomly -m "" $(PYTEST_ARGS)
 
 .PHONY: soak
 soak: $(VENV)/.dev ## Random faults under load for MINUTES (20), then an audit; SOAK_ARGS="--seed N" repeats one

@@ -23,6 +23,7 @@ from app.core.config import Settings
 from app.utils import guard
 from app.worker import bridge
 from app.worker.execution import Declared, DurableTask
+from app.worker.transport import Wire
 
 MEANINGLESS = frozenset(
     {
@@ -57,6 +58,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
     """The Celery app, with a durable row behind every way of submitting."""
 
     task_cls = DurableTask
+    amqp_cls = Wire
 
     def on_configure(self) -> None:
         """Load the configuration, for a program that imported only a module of tasks."""

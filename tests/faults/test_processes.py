@@ -22,8 +22,9 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def test_a_killed_child(running: Stack, report: Report) -> None:
-    running.submit_many(60, "faults.work", 0.2)
-    [task_id, *_] = running.running(1)
+    running.submit_many(4, "faults.work", 2.0)  # long enough to be hit in the middle
+    running.submit_many(60, "faults.work", 0.1)
+    [task_id, *_] = running.running(4)
     at = time.time()
     running.child_of(task_id).kill()
     recovery = running.recovered([task_id], at)

@@ -38,7 +38,7 @@ def test_the_mission(running: Service) -> None:
             seen.append(running.status(task_id))
             return "SUCCESS" in seen
 
-        wait_until(ended, what="the end")
+        wait_until(ended, 20, "the end")  # behind two tasks of five seconds in each of two slots
         done = running.http.get(f"/api/tasks/{task_id}/result")
         wait_until(
             lambda: [one for one in receiver.requests if json.loads(one.body)["data"]["task_id"] == str(task_id)],

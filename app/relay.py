@@ -34,6 +34,8 @@ GRACE_SECONDS = 10.0
 GAP_SECONDS = 3.0
 """How long after its last answer Postgres counts as connected: beyond it, leases may have run out unheard."""
 BATCH = 500
+LOST_BATCH = 10_000
+"""How many lost messages are found at once; that many rows take Postgres about a second."""
 EXPORT_SECONDS = 10.0
 EXPORT_SHARE_OF_TIME = 0.02
 """How much of the time may be spent on counting the queues: the longer a backlog, the rarer its counts."""
@@ -78,11 +80,15 @@ class Relay:
     refused: set[str] = field(default_factory=set)
 
     async def publish_due(self, queue: str) -> int:
-        """Push waiting rows that have no message and are due; as many as the queue has room for."""
+        """Push waiting rows that have no message and are due; as many as the queue has room for.
+
+        What a stopping worker handed back needs no room: it had its turn.
+        """
         room = publisher.DEPTH_CAP - await self.broker.depth(queue)
-        if room <= 0:
-            return 0
-        bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue), room))
+        if room > 0:
+            bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue, BATCH), room))
+        else:
+            bells = await lifecycle.take_released(self.db, queue, among=self._batch(queue, BATCH))
         await self._push(queue, bells)
         return len(bells)
 
@@ -130,7 +136,9 @@ class Relay:
         note = notes[0]
         below, found = note.position, 0
         while True:
-            batch = self._batch(queue)
+            # All at once: a second relay that took the next batch might push it before this one is pushed,
+            # and what stands in the line out of its order looks lost again.
+            batch = self._batch(queue, LOST_BATCH)
             bells = await lifecycle.take_lost(
                 self.db, queue, below_position=below, published_before=note.taken_at, limit=batch
             )
@@ -211,26 +219,25 @@ class Relay:
         self.strays = strays
         return len(strays)
 
-    def _batch(self, queue: str) -> int:
-        """How many rows to stamp at once: only one where Redis refused the last push.
+    def _batch(self, queue: str, most: int) -> int:
+        """How many rows to stamp at once: `most`, but only one where Redis refused the last push.
 
         A Redis that is full answers what is read and refuses what is written. A whole batch would be stamped,
         and its stamps taken back, several times a second for as long as that lasts.
         """
-        return 1 if queue in self.refused else BATCH
+        return 1 if queue in self.refused else most
 
     async def _push(self, queue: str, bells: list[lifecycle.Bell]) -> None:
         """Push what was stamped; what could not be pushed has its stamp taken back."""
-        left = list(bells)
+        left = _portions(bells)
         try:
-            for overdue in (False, True):
-                batch = [bell for bell in bells if bell.overdue is overdue]
-                if batch:
-                    await self.broker.publish(queue, batch, at_tail=overdue)
-                    left = [bell for bell in left if bell.overdue is not overdue]
+            while left:
+                portion, at_tail = left[0]
+                await self.broker.publish(queue, portion, at_tail=at_tail)
+                left.pop(0)
         except errors.BrokerUnavailable:
             self.refused.add(queue)
-            await lifecycle.unpublish(self.db, left)
+            await lifecycle.unpublish(self.db, [bell for portion, _ in left for bell in portion])
             raise
         if bells:
             self.refused.discard(queue)
@@ -262,6 +269,14 @@ class Relay:
         if self.connected_since is None or now - self.answered_at > GAP_SECONDS:
             self.connected_since = now
         self.answered_at = now
+
+
+def _portions(bells: list[lifecycle.Bell]) -> list[tuple[list[lifecycle.Bell], bool]]:
+    """What to push with one command each, and whether at the tail; there the first in line is pushed last."""
+    new = [bell for bell in bells if not bell.overdue]
+    again = [bell for bell in bells if bell.overdue]
+    ends = range(len(again), 0, -BATCH)
+    return [(new, False)] * bool(new) + [(again[max(0, end - BATCH) : end], True) for end in ends]
 
 
 async def _every(

@@ -49,7 +49,7 @@ from app.lifecycle.rules import (
     decide,
 )
 from app.lifecycle.values import Bell, Claimed, Ended, Lease, NewTask, Settled
-from app.lifecycle.waiting import cancel, expire, refuse, submit, take_due, take_lost, unpublish
+from app.lifecycle.waiting import cancel, expire, refuse, submit, take_due, take_lost, take_released, unpublish
 
 __all__ = [
     "CRASH_BUDGET",
@@ -109,6 +109,7 @@ __all__ = [
     "submit",
     "take_due",
     "take_lost",
+    "take_released",
     "unfinished_queues",
     "unpublish",
     "view",

@@ -106,7 +106,8 @@ async def renew(db: Database, claims: Sequence[Claim], *, lease_seconds: float) 
 
 
 # The one statement that ends an attempt. A cancelled task's retry or release becomes its end. A release
-# keeps the task's place in line; a retry gives it up. The token stays when the claimant itself writes,
+# keeps the task's place in line and its time, so that it comes before all that was due after it; a retry gives
+# both up. The token stays when the claimant itself writes,
 # so that it can tell, after a lost answer, its own hand from another's.
 _SETTLE = f"""
 WITH moved AS (
@@ -119,7 +120,7 @@ WITH moved AS (
                                 WHEN $4 = 'PENDING' THEN error_message ELSE $7 END,
            error_traceback = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN NULL
                                   WHEN $4 = 'PENDING' THEN error_traceback ELSE $8 END,
-           run_at = CASE WHEN $4 IN ('PENDING', 'RETRY') THEN now() + make_interval(secs => $9) ELSE run_at END,
+           run_at = CASE WHEN $4 = 'RETRY' THEN now() + make_interval(secs => $9) ELSE run_at END,
            finished_at = CASE WHEN cancel_requested OR $4 NOT IN ('PENDING', 'RETRY') THEN now() END,
            lease_until = NULL, published_at = NULL,
            position = CASE WHEN $4 = 'PENDING' THEN position END,

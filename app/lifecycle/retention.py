@@ -8,6 +8,7 @@ from uuid import UUID
 
 from app.db import Database
 
+# An id that a caller chose may come again after it was pruned, and so may its tombstone.
 # The question about webhooks is asked for one task at a time, of the index of its own: NOT EXISTS would let the
 # planner join, and read all that are under way.
 _PRUNE = """
@@ -21,6 +22,7 @@ WITH old AS (
     DELETE FROM task t USING old WHERE t.id = old.id RETURNING t.id
 )
 INSERT INTO task_tombstone (id) SELECT id FROM gone
+ON CONFLICT (id) DO UPDATE SET pruned_at = now()
 RETURNING id
 """
 

@@ -112,13 +112,44 @@ async def take_due(db: Database, queue: str, *, limit: int) -> list[Bell]:
     return _bells(await db.fetch(_TAKE_DUE, queue, limit))
 
 
+# Rows are fed in the order in which they were due, and a released one keeps its time, so it is among the
+# first of those that have no message. Nothing is locked that is not taken: this is asked for as long as a
+# queue is full, with any number of rows behind.
+_TAKE_RELEASED = """
+WITH first AS (
+    SELECT id FROM task
+     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NULL AND run_at <= now()
+     ORDER BY run_at, id LIMIT $2
+)
+UPDATE task t SET published_at = now()
+  FROM first
+ WHERE t.id = first.id AND t.status = 'PENDING' AND t.attempt > 0 AND t.position IS NOT NULL
+   AND t.published_at IS NULL
+RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.traceparent, true AS overdue
+"""
+
+
+async def take_released(db: Database, queue: str, *, among: int) -> list[Bell]:
+    """Stamp tasks that a stopping worker handed back: they had their turn, and wait for no room in the queue.
+
+    Args:
+        db: where.
+        queue: whose rows.
+        among: how many of the rows that are due first are looked at.
+    """
+    return _bells(await db.fetch(_TAKE_RELEASED, queue, among))
+
+
 # A row whose place lies below the tail as it was one grace ago, and which was pushed before that, has
 # no message: lists are first in, first out. The highest places go first, because each batch is pushed
-# ahead of the one before: were the lowest not next in the end, the rest would look lost again.
+# ahead of the one before: were the lowest not next in the end, the rest would look lost again. For the same
+# reason one relay searches a queue at a time; another that comes meanwhile finds nothing.
 _TAKE_LOST = """
-WITH lost AS (
+WITH alone AS MATERIALIZED (
+    SELECT pg_try_advisory_xact_lock(hashtextextended('taskqueue lost ' || $1, 0)) AS searches
+), lost AS (
     SELECT id FROM task
-     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
+     WHERE (SELECT searches FROM alone) AND queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
        AND position < $2 AND published_at < $3 AND run_at <= now()
      ORDER BY position DESC LIMIT $4 FOR UPDATE SKIP LOCKED
 )

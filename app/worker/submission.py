@@ -47,7 +47,6 @@ MEANINGLESS = frozenset(
         "routing_key",
         "serializer",
         "shadow",
-        "soft_time_limit",
         "stamped_headers",
     }
 )

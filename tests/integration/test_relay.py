@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from standardwebhooks import Webhook
 from app import broker, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import errors, stopping
+from app.core import errors, ids, stopping
 from app.core.config import Settings
 from app.db import Database
 from app.lifecycle import Budgets, Error, RetryAsked, Succeeded, decide
@@ -96,6 +97,46 @@ async def test_a_released_task_goes_ahead_and_a_retried_one_to_the_end(
 
     assert await relay.publish_due("default") == 2
     assert await queued(plain) == [released, waiting, retried]
+
+
+@pytest.mark.parametrize("cap", [100, 2], ids=["room", "full"])
+async def test_a_released_task_goes_ahead_of_all_that_was_never_pushed(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis, monkeypatch: pytest.MonkeyPatch, cap: int
+) -> None:
+    monkeypatch.setattr("app.publisher.DEPTH_CAP", cap)
+    monkeypatch.setattr("app.relay.BATCH", 1)
+    released, *line = [await submitted(db) for _ in range(3)]
+    claimed = await started(db, released)
+    for task_id in line:
+        await relay.broker.publish("default", [_bell(await row(db, task_id))])
+    held = [lifecycle.NewTask(id=ids.uuid7(), name="sample.echo", queue="default") for _ in range(20)]
+    for new in held:
+        await lifecycle.submit(db, new, hold_back=True)
+    await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, lifecycle.Interrupted()))
+
+    assert await relay.publish_due("default") == 1
+    assert (await queued(plain))[0] == released
+    assert await relay.publish_due("default") == (cap == 100)
+
+
+async def test_two_relays_that_find_the_same_loss_keep_the_line_in_order(
+    relay: Relay, db: Database, plain: redis.asyncio.Redis
+) -> None:
+    await db.execute(
+        "INSERT INTO task (id, name, queue, args, kwargs, position, published_at)"
+        " SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}', nextval('task_position'), now()"
+        "   FROM generate_series(1, 3000)"
+    )
+    other = dataclasses.replace(relay, notes={}, refused=set())
+    for one in (relay, other):
+        await one.note_tail("default")
+
+    found = await asyncio.gather(relay.publish_lost("default"), other.publish_lost("default"))
+
+    assert sum(found) == 3000
+    placed = {one["id"]: one["position"] for one in await db.fetch("SELECT id, position FROM task")}
+    places = [placed[task_id] for task_id in await queued(plain)]
+    assert places == sorted(places)
 
 
 async def test_a_flushed_queue_is_filled_again(relay: Relay, db: Database, plain: redis.asyncio.Redis) -> None:

@@ -70,6 +70,19 @@ async def test_the_oldest_go_first_a_batch_at_a_time(db: Database) -> None:
     assert [await prune(db, limit=1) for _ in range(3)] == [1, 1, 0]
 
 
+async def test_an_id_that_comes_again_is_pruned_again(db: Database) -> None:
+    """A caller from Python may choose an id, such as one for each day."""
+    again = await ended(db, days_ago=31)
+    await prune(db)
+    await submitted(db, id=again)
+    assert [breach for breach in await lifecycle.breaches(db, overdue_seconds=60) if breach.rows] == []
+    await lifecycle.settle(db, (await started(db, again)).claim, decide(Budgets(), Succeeded("1")))
+    await db.execute("UPDATE task SET finished_at = now() - interval '31 days' WHERE id = $1", again)
+
+    assert await prune(db) == 1
+    assert await lifecycle.was_pruned(db, again)
+
+
 async def test_a_tombstone_is_forgotten_in_its_time(db: Database) -> None:
     old = await ended(db, days_ago=31)
     await prune(db)

@@ -7,6 +7,7 @@ for Celery, nor the API load what only workers use.
 import argparse
 import asyncio
 import logging
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; after one line on stderr 2 when a setting is missing or wrong, 1 when something
         else that this service knows of went wrong.
     """
-    chosen = _parser().parse_args(argv)
-    command: Callable[[], int | None] = chosen.run
+    options = vars(_parser().parse_args(argv))
+    command: Callable[..., int | None] = options.pop("run")
     try:
-        return command() or 0
+        return command(**options) or 0
     except errors.SettingsError as wrong:
         sys.stderr.write(f"taskqueue: {wrong}\n")
         return EXIT_SETTINGS
@@ -56,8 +57,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"taskqueue {app.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for name, (run, text) in COMMANDS.items():
-        commands.add_parser(name, help=text, description=text).set_defaults(run=run)
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        if name == "migrate":
+            command.add_argument(
+                "--check", action="store_true", help="change nothing; succeed once somebody else has migrated"
+            )
+            command.add_argument(
+                "--patience",
+                type=_seconds,
+                default=0.0,
+                metavar="SECONDS",
+                help="how long to wait for that, or Postgres",
+            )
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+_seconds.__name__ = "number of seconds"  # as argparse calls it in its complaint
 
 
 def _api() -> int | None:
@@ -139,11 +162,18 @@ def _wait_for_tables(settings: config.Settings, process: str) -> None:
     asyncio.run(db.wait_for_tables(settings.postgres_dsn))
 
 
-def _migrate() -> int | None:
+def _migrate(*, check: bool, patience: float) -> int | None:
     settings = config.load()
     from app import migrations  # noqa: PLC0415
+    from app.core import telemetry  # noqa: PLC0415
 
-    migrations.migrate(settings)
+    # The first process of a container ignores a SIGTERM that it has no handler for.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    telemetry.configure_logging(settings, "migrate")
+    if check:
+        migrations.check(settings, patience_seconds=patience)
+    else:
+        migrations.migrate(settings, patience_seconds=patience)
     return None
 
 
@@ -213,7 +243,7 @@ def _url_shown(secret: str) -> str:
     return f"{parts.scheme}://{user}{host}{parts.path}"
 
 
-COMMANDS: Mapping[str, tuple[Callable[[], int | None], str]] = {
+COMMANDS: Mapping[str, tuple[Callable[..., int | None], str]] = {
     "api": (_api, "serve the HTTP API"),
     "worker": (_worker, "run tasks"),
     "relay": (_relay, "publish what is due, reap what was lost, deliver webhooks"),

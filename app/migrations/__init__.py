@@ -9,6 +9,8 @@ again than that every submit queues behind it.
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from alembic import command
@@ -28,6 +30,8 @@ ADVISORY_LOCK = 0x7461736B71756575
 LOCK_TIMEOUT_SECONDS = 4
 STATEMENT_TIMEOUT_SECONDS = 60
 WAIT_FOR_OTHERS_SECONDS = 120
+CONNECT_TIMEOUT_SECONDS = 5
+LOOK_AGAIN_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +49,68 @@ def revisions() -> list[Script]:
     return list(ScriptDirectory.from_config(_config()).walk_revisions())[::-1]
 
 
-def migrate(settings: Settings, *, revision: str = "head") -> None:
+def migrate(settings: Settings, *, revision: str = "head", patience_seconds: float = 0.0) -> None:
     """Bring the database to `revision`, waiting for whoever else is migrating.
+
+    Args:
+        settings: name the database.
+        revision: where to.
+        patience_seconds: how long Postgres may take to be there.
 
     Raises:
         DatabaseUnavailable: if Postgres can't be reached, or a lock could not be had in time.
     """
     try:
+        if patience_seconds:
+            asyncio.run(_wait(settings, lambda _: True, patience_seconds))
         asyncio.run(_run(settings, revision))
     except (OSError, DBAPIError) as failed:
         raise errors.DatabaseUnavailable(f"The migration failed: {_reason(failed)}") from failed
+
+
+def check(settings: Settings, *, patience_seconds: float = 0.0) -> None:
+    """Return once the database is at the revision that this code needs, or at a later one. Changes nothing.
+
+    Raises:
+        DatabaseUnavailable: if that is not so after `patience_seconds`.
+    """
+    asyncio.run(_wait(settings, lambda found: found is not None and found >= head(), patience_seconds))
+
+
+async def _wait(settings: Settings, good: Callable[[str | None], bool], patience_seconds: float) -> None:
+    """Look until `good` says so of the database's revision."""
+    deadline = time.monotonic() + patience_seconds
+    told = ""
+    while True:
+        try:
+            found = await _revision(settings)
+            if good(found):
+                return
+            reason = f"The database is at revision {found or 'none'}, and {head()} is needed"
+        except (OSError, DBAPIError) as failed:
+            reason = f"Postgres can't be reached: {_reason(failed)}"
+        if time.monotonic() >= deadline:
+            raise errors.DatabaseUnavailable(reason)
+        if reason != told:
+            log.info("waiting: %s", reason)
+            told = reason
+        await asyncio.sleep(LOOK_AGAIN_SECONDS)
+
+
+async def _revision(settings: Settings) -> str | None:
+    arguments = {"timeout": CONNECT_TIMEOUT_SECONDS, "command_timeout": CONNECT_TIMEOUT_SECONDS}
+    engine = create_async_engine(settings.sqlalchemy_url, poolclass=NullPool, connect_args=arguments)
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(_known)
+    finally:
+        await engine.dispose()
+
+
+def _known(connection: Connection) -> str | None:
+    current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
+    known = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
+    return None if known is None else str(known)
 
 
 def _reason(failed: Exception) -> str:
@@ -88,8 +144,7 @@ def _move(connection: Connection, revision: str) -> None:
     config = _config()
     config.attributes["connection"] = connection
     script = ScriptDirectory.from_config(config)
-    current = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar()
-    known = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if current else None
+    known = _known(connection)
     down = revision.startswith("-") or revision == "base"
     if not down and known is not None and known not in {one.revision for one in script.walk_revisions()}:
         log.warning("the database is at a newer revision (%s) than this release; nothing to do", known)

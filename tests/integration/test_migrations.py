@@ -1,4 +1,8 @@
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import asyncpg
@@ -14,6 +18,7 @@ from app.core import errors
 from app.core.config import Settings
 from tests.conftest import settings_for
 from tests.support import schema
+from tests.support.proxy import proxied
 from tests.support.servers import apart
 
 
@@ -215,3 +220,63 @@ def test_an_unreachable_postgres_is_one_line(redis_url: str) -> None:
     with pytest.raises(errors.DatabaseUnavailable) as failed:
         migrations.migrate(settings)
     assert "\n" not in str(failed.value)
+
+
+def test_the_tables_are_waited_for_until_somebody_else_has_made_them(empty_postgres_url: str, redis_url: str) -> None:
+    settings = settings_for(empty_postgres_url, redis_url)
+    with pytest.raises(errors.DatabaseUnavailable, match=f"revision none, and {migrations.head()} is needed"):
+        migrations.check(settings)
+    waiting = threading.Thread(target=migrations.check, args=(settings,), kwargs={"patience_seconds": 60.0})
+    waiting.start()
+
+    migrations.migrate(settings)
+
+    waiting.join(timeout=10)
+    assert not waiting.is_alive()
+    migrations.check(settings)
+
+
+def test_tables_that_are_newer_than_this_release_will_do(postgres_url: str, redis_url: str) -> None:
+    async def pretend(revision: str) -> None:
+        connection = await asyncpg.connect(postgres_url)
+        await connection.execute("UPDATE alembic_version SET version_num = $1", revision)
+        await connection.close()
+
+    asyncio.run(pretend("9999"))
+    migrations.check(settings_for(postgres_url, redis_url))
+    asyncio.run(pretend("0001"))
+    with pytest.raises(errors.DatabaseUnavailable, match="revision 0001"):
+        migrations.check(settings_for(postgres_url, redis_url))
+
+
+def test_a_postgres_that_is_not_there_yet_is_waited_for(empty_postgres_url: str, redis_url: str) -> None:
+    with proxied(empty_postgres_url) as network:
+        settings = settings_for(network.url, redis_url)
+        network.cut()
+        with pytest.raises(errors.DatabaseUnavailable, match="can't be reached"):
+            migrations.check(settings)
+        late = threading.Timer(0.7, network.restore)
+        late.start()
+        migrations.migrate(settings, patience_seconds=60.0)
+        late.join()
+    migrations.check(settings_for(empty_postgres_url, redis_url))
+
+
+def test_a_wait_ends_at_once_when_its_pod_is_deleted(redis_url: str) -> None:
+    """The first process of a container ignores a SIGTERM that it has no handler for, so the default won't do."""
+    settings = {
+        "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+        "REDIS_URL": redis_url,
+        "TASKQUEUE_AUTH_MODE": "none",
+    }
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "app.cli", "migrate", "--check", "--patience", "60"],
+        env={**os.environ, **settings},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stderr is not None
+    with waiting:
+        assert "waiting: Postgres can't be reached" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(10) == 128 + signal.SIGTERM

@@ -21,6 +21,14 @@ def test_a_command_without_its_urls_says_so_in_one_line(
     assert capsys.readouterr() == ("", "taskqueue: DATABASE_URL is not set\n")
 
 
+@pytest.mark.parametrize("patience", ["-1", "soon", "inf", "nan"])
+def test_a_patience_that_is_no_number_of_seconds_is_refused(patience: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["migrate", "--patience", patience])
+    assert ended.value.code == cli.EXIT_SETTINGS
+    assert f"argument --patience: invalid number of seconds value: '{patience}'" in capsys.readouterr().err
+
+
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA_DIR := $(or $(TASKQUEUE_DATA_DIR),.taskqueue)
 PYTEST_ARGS ?=
+IMAGE ?= taskqueue:dev
+BUILDER ?= docker
 DEMO_ARGS ?=
 SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py)
 BENCH_ARGS ?=
@@ -61,6 +63,21 @@ demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count wha
 .PHONY: bench-backlog
 bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_ARGS="--explain" shows the plans
 	@exec $(BIN)/python -m benchmarks.backlog $(BENCH_ARGS)
+
+##@ Kubernetes
+
+.PHONY: image
+image: ## Build the image IMAGE (taskqueue:dev) with BUILDER (docker, podman, buildah)
+	@$(BUILDER) build --tag $(IMAGE) --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) .
+
+.PHONY: test-charts
+test-charts: $(VENV)/.dev ## Render the chart with helm, and look at what comes out
+	@exec $(BIN)/python -m pytest tests/charts $(PYTEST_ARGS)
+
+.PHONY: test-cluster
+test-cluster: $(VENV)/.dev ## Install IMAGE with the chart on the cluster of KUBECONFIG, and use it
+	@E2E_IMAGE=$(IMAGE) exec $(BIN)/python -m pytest tests/e2e -p no:randomly $(PYTEST_ARGS)
 
 ##@ Rarely
 

@@ -1,0 +1,76 @@
+{{/* The prefix of every name. 40 characters leave room for what follows it. */}}
+{{- define "taskqueue.fullname" -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "taskqueue.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "taskqueue.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "taskqueue.secretName" -}}
+{{- default (include "taskqueue.fullname" .) .Values.secrets.existingSecret -}}
+{{- end -}}
+
+{{/* What is written beside the image: a digest wins over a tag. */}}
+{{- define "taskqueue.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ default $.Chart.AppVersion .tag }}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The labels by which a workload finds its pods; they never change. Takes root, component and pool. */}}
+{{- define "taskqueue.selector" -}}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 }}
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+{{- with .component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- with .pool }}
+taskqueue/pool: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{/* The labels of an object. Takes what `taskqueue.selector` takes. */}}
+{{- define "taskqueue.labels" -}}
+{{ include "taskqueue.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 }}
+{{- end -}}
+
+{{/* Every pool of workers with what it inherits, as JSON: the one place where this is decided. */}}
+{{- define "taskqueue.pools" -}}
+{{- $pools := dict -}}
+{{- range $name, $own := .Values.workers -}}
+{{- if $own -}}
+{{- $_ := set $pools $name (mergeOverwrite (deepCopy $.Values.workerDefaults) (deepCopy $own)) -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $pools -}}
+{{- end -}}
+
+{{/* The queues of all pools, sorted, with commas between them: what the API accepts and the relay looks after. */}}
+{{- define "taskqueue.queues" -}}
+{{- $queues := list -}}
+{{- range (include "taskqueue.pools" . | fromJson) -}}
+{{- $queues = concat $queues .queues -}}
+{{- end -}}
+{{- /* The first one is where tasks go that name none. */ -}}
+{{- if has "default" $queues -}}
+{{- $queues = prepend (without $queues "default" | uniq | sortAlpha) "default" -}}
+{{- else -}}
+{{- $queues = $queues | uniq | sortAlpha -}}
+{{- end -}}
+{{- join "," $queues -}}
+{{- end -}}

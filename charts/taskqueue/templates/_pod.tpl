@@ -1,0 +1,119 @@
+{{/* What every container of ours has in common. Takes root. */}}
+{{- define "taskqueue.container" -}}
+image: {{ include "taskqueue.image" .root | quote }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+securityContext: {{- toYaml .root.Values.containerSecurityContext | nindent 2 }}
+volumeMounts:
+  - {name: data, mountPath: /var/lib/taskqueue}
+  - {name: tmp, mountPath: /tmp}
+{{- end -}}
+
+{{/* What every pod of ours has in common. Takes root and settings. */}}
+{{- define "taskqueue.pod" -}}
+serviceAccountName: {{ include "taskqueue.serviceAccountName" .root }}
+automountServiceAccountToken: false
+# A Service called taskqueue-metrics would otherwise set TASKQUEUE_METRICS_PORT.
+enableServiceLinks: false
+securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
+{{- with .root.Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- range $name := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}
+{{- with index $.settings $name }}
+{{ $name }}: {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
+{{- end }}
+{{- end }}
+volumes:
+  - {name: data, emptyDir: {}}
+  - {name: tmp, emptyDir: {}}
+{{- end -}}
+
+{{/* The pod template of a process that serves until it is told to stop.
+     Takes root, component, pool, settings, queues, and specifics: the rest of its container. */}}
+{{- define "taskqueue.podTemplate" -}}
+metadata:
+  labels:
+    {{- include "taskqueue.selector" . | nindent 4 }}
+    {{- with .settings.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    kubectl.kubernetes.io/default-container: {{ .component }}
+    # What is generated never changes; what is given may, and is only read at the start.
+    checksum/secrets: {{ include "taskqueue.givenSecrets" .root | sha256sum }}
+    {{- with .settings.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  {{- include "taskqueue.pod" . | nindent 2 }}
+  # Rather on different nodes, but rather together than not at all.
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: kubernetes.io/hostname
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels: {{- include "taskqueue.selector" . | nindent 10 }}
+  terminationGracePeriodSeconds: {{ add .settings.graceSeconds (default 0 .settings.drainSeconds) 5 }}
+  initContainers:
+    - name: wait-for-schema
+      args: [migrate, --check, --patience, "600"]
+      env: {{- include "taskqueue.connectionEnv" .root | trim | nindent 8 }}
+      resources: {{- toYaml .root.Values.migrate.resources | nindent 8 }}
+      {{- include "taskqueue.container" . | nindent 6 }}
+  containers:
+    - name: {{ .component }}
+      args: [{{ .component }}]
+      env: {{- include "taskqueue.env" . | trim | nindent 8 }}
+      resources: {{- toYaml .settings.resources | nindent 8 }}
+      {{- .specifics | nindent 6 }}
+      {{- include "taskqueue.container" . | nindent 6 }}
+{{- end -}}
+
+{{/* Probes that look at a file which the process touches while it works. Takes root and component. An exec that
+     starts no Python: it runs every few seconds, beside the work. */}}
+{{- define "taskqueue.beatProbes" -}}
+{{- $beat := printf "/var/lib/taskqueue/run/%s.beat" .component -}}
+startupProbe:
+  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.readySeconds) }}}
+  periodSeconds: 2
+  timeoutSeconds: 5
+  failureThreshold: 150
+readinessProbe:
+  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.readySeconds) }}}
+  periodSeconds: 10
+  timeoutSeconds: 5
+livenessProbe:
+  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.aliveSeconds) }}}
+  periodSeconds: 30
+  timeoutSeconds: 10
+{{- end -}}
+
+{{/* Takes a file and seconds. */}}
+{{- define "taskqueue.beatNewerThan" -}}
+{{- $test := printf "test -n \"$(find %s -newermt '-%d seconds')\"" (index . 0) (index . 1 | int) -}}
+{{- list "sh" "-c" $test | toJson -}}
+{{- end -}}
+
+{{/* Every secret that was given in the values, and the names of those that were not. */}}
+{{- define "taskqueue.givenSecrets" -}}
+{{- list .Values.secrets .Values.externalRedis .Values.externalDatabase .Values.redis.auth .Values.postgresql.auth | toJson -}}
+{{- end -}}
+
+{{/* Nodes are drained one pod of a workload at a time. One that has a single pod must not hold up a drain.
+     Takes root, component, pool, settings and name. */}}
+{{- define "taskqueue.disruptionBudget" -}}
+{{- if gt (int .settings.replicas) 1 }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ .name }}
+  labels: {{- include "taskqueue.labels" . | nindent 4 }}
+spec:
+  maxUnavailable: 1
+  # A pod that does not work anyway may go.
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  selector:
+    matchLabels: {{- include "taskqueue.selector" . | nindent 6 }}
+{{- end }}
+{{- end -}}

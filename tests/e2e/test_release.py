@@ -1,0 +1,84 @@
+"""A release that is installed, used, upgraded and disturbed."""
+
+import base64
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from standardwebhooks import Webhook
+
+from tests.charts import rendering
+from tests.e2e.cluster import Release, reaches, run, status, submit, view
+from tests.support.waiting import wait_until
+
+
+def test_everything_is_ready_and_nothing_was_started_twice(release: Release) -> None:
+    assert set(release.restarts().values()) == {0}
+    assert {len(release.pods(component)) for component in ("api", "relay", "worker")} == {1}
+
+
+def test_the_three_requests(release: Release) -> None:
+    with release.api() as api:
+        submitted = api.post("/api/tasks/submit")
+        assert submitted.status_code == 202
+        task_id = submitted.json()["task_id"]
+        assert submitted.json() == {"task_id": task_id}
+        assert status(api, task_id) in {"PENDING", "STARTED"}
+        waiting = api.get(f"/api/tasks/{task_id}/result")
+        assert (waiting.status_code, waiting.json()) == (202, {"detail": "Result not available yet"})
+        reaches(api, task_id, "SUCCESS")
+        ended = api.get(f"/api/tasks/{task_id}/result")
+    assert (ended.status_code, ended.json()) == (200, {"result": "Worked for 5 seconds"})
+
+
+def test_helm_s_own_test_passes(release: Release) -> None:
+    said = run("helm", "test", "tq", "--namespace", release.namespace, "--timeout", "120s")
+    assert "Phase:          Succeeded" in said
+
+
+def test_a_webhook_arrives_signed_with_the_key_of_the_release(release: Release) -> None:
+    key = base64.b64decode(release.secrets()["tq-taskqueue"]["webhook-secret"]).decode()
+    with release.receiver() as receiver, release.api() as api:
+        task_id = submit(api, task="sample.echo", args=["hello"], webhook_url="http://receiver:8080/hook")
+        [received] = wait_until(receiver.received, 30, "the webhook")
+    Webhook(key).verify(received["body"], received["headers"])
+    body = json.loads(received["body"])
+    assert (body["type"], body["data"]["task_id"], body["data"]["result"]) == ("task.succeeded", task_id, "hello")
+
+
+def test_an_upgrade_that_changes_nothing_leaves_pods_and_secrets_alone(release: Release) -> None:
+    before = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in release.pods()}, release.secrets()
+    release.install()
+    after = {pod["metadata"]["name"]: pod["metadata"]["uid"] for pod in release.pods()}, release.secrets()
+    assert after == before
+
+
+def test_a_task_whose_pod_is_deleted_runs_on_another_at_no_cost(release: Release) -> None:
+    [pod] = release.pods("worker")
+    with release.api() as api:
+        task_id = submit(api, task="sample.sleep", args=[25])
+        reaches(api, task_id, "STARTED")
+        release.kubectl("delete", "pod", pod["metadata"]["name"], "--wait=false")
+        # The grace is 20 s, so the task is handed back after 10.
+        began = time.monotonic()
+        wait_until(lambda: view(api, task_id)["attempt"] == 2, 20, "the second attempt")
+        assert time.monotonic() - began > 5, "it was disturbed before it had to be"
+        reaches(api, task_id, "SUCCESS", seconds=60)
+        found = view(api, task_id)
+    assert (found["attempt"], found["failures"]) == (2, 0)
+
+
+def test_the_doctor_finds_nothing_that_breaks_a_promise(release: Release) -> None:
+    said = release.kubectl("exec", "deployment/tq-taskqueue-api", "--container=api", "--", "taskqueue", "doctor")
+    assert "bad" not in {line.split()[0] for line in said.splitlines()}
+    release.kubectl("exec", "deployment/tq-taskqueue-api", "--container=api", "--", "taskqueue", "verify")
+
+
+@pytest.mark.parametrize("file", rendering.VALUES, ids=lambda file: str(file.name))
+def test_the_cluster_would_take_every_way_to_install_it(release: Release, file: Path) -> None:
+    # The pod of `helm test` needs an account that is not there in a dry run.
+    objects = [one for one in rendering.render({}, file) if one["kind"] != "Pod"]
+    manifest = yaml.safe_dump_all(objects)
+    release.kubectl("apply", "--dry-run=server", "--validate=strict", "--filename=-", stdin=manifest)

@@ -26,14 +26,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the lines of the fault table, wherever their tests ran."""
+    """Print the lines of the fault table, wherever their tests ran, and what of it was skipped."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     lines = [text for report in reports for name, text in getattr(report, "user_properties", ()) if name == "fault"]
-    if lines:
+    skipped = [
+        audit.skipped(report.nodeid, report.longrepr)
+        for report in terminalreporter.stats.get("skipped", ())
+        if report.nodeid.startswith("tests/faults/")
+    ]
+    if lines or skipped:
         terminalreporter.section("faults")
+    if lines:
         terminalreporter.write_line(audit.HEADER)
-        for line in dict.fromkeys(lines):
-            terminalreporter.write_line(line)
+    for line in dict.fromkeys([*lines, *skipped]):
+        terminalreporter.write_line(line)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -33,7 +33,7 @@ import redis
 from app import migrations
 from app.core.config import Settings
 from app.dev import ports
-from app.dev.embedded import EmbeddedPostgres, EmbeddedRedis
+from app.dev.embedded import NAME, EmbeddedPostgres, EmbeddedRedis
 from app.dev.running import RunningServer
 from tests.faults import audit
 from tests.support.fault_tasks import LEDGER_VARIABLE
@@ -53,6 +53,12 @@ TRY_AGAIN_SECONDS = 0.1
 SUBMIT_SECONDS = 90.0
 """How long a submit is repeated until it is acknowledged."""
 
+# asyncpg asks for one row, so the answer to a statement is that row, without the tag of the command.
+STAMPED = b"\x00\x02\x00\x00\x00\x01\x01\x00\x00\x00\x08"
+"""How the row begins that a submit's INSERT returns: two columns, true and eight bytes of a position."""
+CLAIMED = b"\x00\x00\x00\x07default"
+"""How the row begins that a claim returns: with its queue."""
+
 Role = Literal["api", "worker", "relay"]
 Server = Literal["postgres", "redis"]
 T = TypeVar("T")
@@ -69,6 +75,8 @@ class Pristine:
             given = {"DATABASE_URL": server.url, "REDIS_URL": "redis://127.0.0.1:1/0", "TASKQUEUE_AUTH_MODE": "none"}
             migrations.migrate(Settings.model_validate(given))
             complete(_execute(server.url, audit.HISTORY))
+            # Promise 6: whoever leaves a transaction open has his session ended, which the log tells `finish`.
+            complete(_execute(server.url, f"ALTER DATABASE {NAME} SET idle_in_transaction_session_timeout = '1s'"))
         finally:
             server.stop()
 
@@ -358,7 +366,10 @@ class Stack:
         recovery_seconds: float,
         allowed_seconds: float,
         end_seconds: float = 60,
+        workers: audit.Workers = "untouched",
         reclaims: bool = False,
+        exhausts: bool = False,
+        one_clock: bool = True,
         tracebacks: int = 0,
     ) -> audit.Figures:
         """Wait for the end of everything, check every invariant, and return what to print.
@@ -368,14 +379,21 @@ class Stack:
             recovery_seconds: the longest that anything took to go on.
             allowed_seconds: how long it may have taken.
             end_seconds: when every task and webhook must have ended, from now (I2).
+            workers: what was done to them, which decides whether a lease may be lost, and runs may overlap.
             reclaims: whether claims that were not durable may have been lost with Postgres, so that an attempt
                 may have been given out twice, under two tokens.
+            exhausts: whether a webhook may be given up.
+            one_clock: whether tasks go by the same clock as Postgres.
             tracebacks: how many the logs may show.
         """
         for proxy in self._networks.values():
             proxy.restore()
             proxy.bury()
-        wait_until(self._is_over, end_seconds, f"the end of everything ({self._unfinished()})")
+        wait_until(
+            lambda: not any(self._unfinished(exhausts=exhausts)),
+            end_seconds,
+            f"the end of everything (tasks, webhooks and messages at first: {self._unfinished(exhausts=exhausts)})",
+        )
         self._probe()
         assert not self.client.broken, f"answers that no client should get: {self.client.broken[:3]}"
         found = audit.compare(
@@ -384,9 +402,18 @@ class Stack:
             steps=self.steps(),
             effects=self.effects(),
             posts=self.posts(),
+            workers=workers,
             reclaims=reclaims,
+            exhausts=exhausts,
+            one_clock=one_clock,
         )
-        breaches = [*found.breaches, *self._rests(), *self._logged(tracebacks)]
+        log = (self.postgres.server.directory / "log").read_text(errors="replace")
+        breaches = [
+            *found.breaches,
+            *audit.idle_in_transaction(log),
+            *self._rests(),
+            *self._logged(tracebacks),
+        ]
         assert not breaches, "\n".join(breaches)
         assert recovery_seconds <= allowed_seconds, f"took {recovery_seconds:.1f} s of {allowed_seconds:g} s to go on"
         return audit.Figures(
@@ -394,6 +421,7 @@ class Stack:
             acknowledged=len(self.client.acknowledged),
             ended=found.ended,
             lost=found.lost,
+            changed=found.changed,
             run_twice=found.run_twice,
             webhooks=found.webhooks,
             recovery_seconds=recovery_seconds,
@@ -404,16 +432,14 @@ class Stack:
 
     def posts(self) -> list[audit.Post]:
         """Every webhook that came."""
-        return [audit.post(one.headers["webhook-id"], one.body) for one in self.receiver.requests]
+        return [audit.post(one.headers["webhook-id"], one.body, one.answered) for one in self.receiver.requests]
 
-    def _is_over(self) -> bool:
-        return not any(self._unfinished())
-
-    def _unfinished(self) -> tuple[int, int, int]:
-        """Tasks, webhooks and messages that are still under way."""
+    def _unfinished(self, *, exhausts: bool = False) -> tuple[int, int, int]:
+        """Tasks, webhooks and messages that are still under way; a webhook that was given up is, unless it may be."""
         [row] = self.fetch(
             """SELECT (SELECT count(*) FROM task WHERE finished_at IS NULL) AS tasks,
-                      (SELECT count(*) FROM webhook_delivery WHERE status IN ('pending', 'delivering')) AS webhooks"""
+                      (SELECT count(*) FROM webhook_delivery WHERE status <> ALL($1::text[])) AS webhooks""",
+            ["delivered", "exhausted"] if exhausts else ["delivered"],
         )
         return row["tasks"], row["webhooks"], self.depth()
 
@@ -422,8 +448,8 @@ class Stack:
         living = {one.pid for one in self.workers if one.running()}
         served: set[int] = set()
         deadline = time.monotonic() + 30
-        while served < living:
-            assert time.monotonic() < deadline, f"workers {living - served} take no tasks any more"
+        while idle := living - served:
+            assert time.monotonic() < deadline, f"workers {idle} take no tasks any more"
             probes = self.submit_many(4 * len(living), "faults.work", 0.1, webhook=False)
             self.reach(probes, "SUCCESS")
             rows = self.fetch("SELECT DISTINCT worker FROM task WHERE id = ANY($1::uuid[])", probes)

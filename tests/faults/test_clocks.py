@@ -96,6 +96,8 @@ def test_clocks_of_api_workers_and_relays_that_are_set(clocked: Stack, clock: Cl
         "clocks of API, workers, relays set 10 minutes on and back",
         recovery_seconds=recovery,
         allowed_seconds=LEASE_SECONDS + 3,
+        workers="killed",
+        one_clock=False,
     )
     report(figures)
     assert figures.run_twice == 2 * 3 + 1, "only those that fail once and the one whose worker died run again"
@@ -126,5 +128,7 @@ def test_the_clock_of_postgres_is_set(running: Stack, report: Report) -> None:
         "the clock of Postgres set 10 minutes on, then 15 s back",
         recovery_seconds=recovery,
         allowed_seconds=2 * LEASE_SECONDS + BACK_SECONDS + 15,
+        workers="cut off",
+        one_clock=False,
     )
     report(figures)

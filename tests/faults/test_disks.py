@@ -39,7 +39,10 @@ def test_a_full_disk_under_postgres(tmp_path: Path, pristine: Pristine, report: 
         back = time.time()
         task = running.submit("faults.work", 0.0)
         recovery = running.recovered([task], back)
-        report(running.finish("Postgres's disk is full", recovery_seconds=recovery, allowed_seconds=LOST_SECONDS))
+        figures = running.finish(
+            "Postgres's disk is full", recovery_seconds=recovery, allowed_seconds=LOST_SECONDS, workers="cut off"
+        )
+        report(figures)
 
 
 @pytest.mark.slow

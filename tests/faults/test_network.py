@@ -9,7 +9,7 @@ import pytest
 
 from app.db import CONNECT_TIMEOUT_SECONDS, STATEMENT_TIMEOUT_SECONDS
 from tests.faults.audit import Figures
-from tests.faults.stack import Stack
+from tests.faults.stack import CLAIMED, STAMPED, Stack
 from tests.support.waiting import lasting, wait_until
 
 Report = Callable[[Figures], None]
@@ -20,12 +20,6 @@ AGAIN_SECONDS = STATEMENT_TIMEOUT_SECONDS + 3.0
 ANSWER_SECONDS = STATEMENT_TIMEOUT_SECONDS + CONNECT_TIMEOUT_SECONDS + 3.0
 """How soon the API answers whatever happens: the longest waits for a connection and for a statement, and some slack."""
 LOST_SECONDS = 15.0
-
-# asyncpg asks for one row, so the answer to a statement is that row, without the tag of the command.
-STAMPED = b"\x00\x02\x00\x00\x00\x01\x01\x00\x00\x00\x08"
-"""How the row begins that a submit's INSERT returns: two columns, true and eight bytes of a position."""
-CLAIMED = b"\x00\x00\x00\x07default"
-"""How the row begins that a claim returns: with its queue."""
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -77,7 +71,10 @@ def test_a_black_hole_between_workers_and_postgres(running: Stack, report: Repor
         recovery = max(recovery, running.recovered(tasks, time.time(), 90))
     report(
         running.finish(
-            "black hole between workers and Postgres", recovery_seconds=recovery, allowed_seconds=AGAIN_SECONDS
+            "black hole between workers and Postgres",
+            recovery_seconds=recovery,
+            allowed_seconds=AGAIN_SECONDS,
+            workers="cut off",
         )
     )
 

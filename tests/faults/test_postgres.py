@@ -37,7 +37,11 @@ def test_postgres_killed_under_load(running: Stack, report: Report) -> None:
         acknowledge(running, 40)
     recovery = running.recovered(before, back)
     figures = running.finish(
-        "Postgres kill -9 under load", recovery_seconds=recovery, allowed_seconds=LOST_SECONDS, reclaims=True
+        "Postgres kill -9 under load",
+        recovery_seconds=recovery,
+        allowed_seconds=LOST_SECONDS,
+        workers="cut off",
+        reclaims=True,
     )
     report(figures)
 
@@ -59,7 +63,12 @@ def test_postgres_unreachable_for_half_a_minute(running: Stack, report: Report) 
     lasting(1.5)
     running.network("postgres", "worker").restore()
     recovery = running.recovered(popped, time.time())
-    figures = running.finish("Postgres unreachable for 30 s", recovery_seconds=recovery, allowed_seconds=AGAIN_SECONDS)
+    figures = running.finish(
+        "Postgres unreachable for 30 s",
+        recovery_seconds=recovery,
+        allowed_seconds=AGAIN_SECONDS,
+        workers="cut off",
+    )
     assert not billed(running, [*through, *within, *popped])
     assert figures.run_twice == 0
     report(figures)
@@ -91,6 +100,7 @@ def test_postgres_killed_before_a_claim_was_durable(running: Stack, report: Repo
         "Postgres kill -9 before a claim is durable",
         recovery_seconds=recovery,
         allowed_seconds=LOST_SECONDS,
+        workers="cut off",
         reclaims=True,
     )
     assert not settled_by_another_hand(running)
@@ -105,7 +115,10 @@ def test_postgres_restarted_in_order(running: Stack, report: Report) -> None:
         running.postgres.restart()
         recovery = next_claim(running)
     figures = running.finish(
-        "Postgres restarted in order under load", recovery_seconds=recovery, allowed_seconds=AGAIN_SECONDS
+        "Postgres restarted in order under load",
+        recovery_seconds=recovery,
+        allowed_seconds=AGAIN_SECONDS,
+        workers="cut off",
     )
     assert not billed(running, through)
     assert figures.run_twice == 0
@@ -123,7 +136,10 @@ def test_every_connection_to_postgres_is_reset_again_and_again(running: Stack, r
             running.fetch(TERMINATE_ALL)
             recovery = max(recovery, next_claim(running))
     figures = running.finish(
-        "every connection to Postgres reset, six times", recovery_seconds=recovery, allowed_seconds=AGAIN_SECONDS
+        "every connection to Postgres reset, six times",
+        recovery_seconds=recovery,
+        allowed_seconds=AGAIN_SECONDS,
+        workers="cut off",
     )
     assert not billed(running, [*through, *running.client.acknowledged])
     assert figures.run_twice == 0

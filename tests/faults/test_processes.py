@@ -2,13 +2,15 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.faults.audit import Figures
-from tests.faults.stack import GRACE_SECONDS, LEASE_SECONDS, Stack
+from tests.faults.conftest import SEED
+from tests.faults.stack import GRACE_SECONDS, LEASE_SECONDS, Pristine, Stack, stack
 from tests.support.service import Process
 from tests.support.waiting import wait_until
 
@@ -17,6 +19,7 @@ Report = Callable[[Figures], None]
 DEAD_WORKER_SECONDS = LEASE_SECONDS + 3
 RELEASE_SECONDS = 3
 LOST_MESSAGE_SECONDS = 15
+TASK_MEMORY_MEBIBYTES = 128
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -39,7 +42,10 @@ def test_a_killed_worker(running: Stack, report: Report) -> None:
     tasks = running_on(running, victim)
     at = running.kill(victim)
     recovery = running.recovered(tasks, at)
-    report(running.finish("kill -9 of a worker", recovery_seconds=recovery, allowed_seconds=DEAD_WORKER_SECONDS))
+    figures = running.finish(
+        "kill -9 of a worker", recovery_seconds=recovery, allowed_seconds=DEAD_WORKER_SECONDS, workers="killed"
+    )
+    report(figures)
     assert {spent(running, task_id) for task_id in tasks} == {(0, 1, 0)}
 
 
@@ -55,7 +61,10 @@ def test_a_worker_whose_main_process_alone_is_killed(running: Stack, report: Rep
     victim.signal(signal.SIGKILL)
     recovery = running.recovered(tasks, at)
     figures = running.finish(
-        "kill -9 of a worker's main process", recovery_seconds=recovery, allowed_seconds=DEAD_WORKER_SECONDS
+        "kill -9 of a worker's main process",
+        recovery_seconds=recovery,
+        allowed_seconds=DEAD_WORKER_SECONDS,
+        workers="killed",
     )
     report(figures)
     assert {spent(running, task_id) for task_id in tasks} == {(0, 1, 0)}
@@ -73,7 +82,9 @@ def test_all_workers_killed(running: Stack, report: Report) -> None:
     running.workers[:] = [running.start_worker() for _ in victims]
     wait_until(lambda: not still_started(running, tasks), DEAD_WORKER_SECONDS, "the end of the dead workers' leases")
     freed = max(one.at for one in running.steps(tasks) if one.before == "STARTED") - at
-    figures = running.finish("kill -9 of all workers", recovery_seconds=freed, allowed_seconds=DEAD_WORKER_SECONDS)
+    figures = running.finish(
+        "kill -9 of all workers", recovery_seconds=freed, allowed_seconds=DEAD_WORKER_SECONDS, workers="killed"
+    )
     report(figures)
 
 
@@ -89,7 +100,9 @@ def test_a_killed_keeper(running: Stack, report: Report) -> None:
     wait_until(
         lambda: all(worker.keeper() not in {None, *keepers} for worker in running.workers), 10, "the next keepers"
     )
-    figures = running.finish("kill -9 of the keepers", recovery_seconds=time.time() - at, allowed_seconds=60)
+    figures = running.finish(
+        "kill -9 of the keepers", recovery_seconds=time.time() - at, allowed_seconds=60, workers="cut off"
+    )
     report(figures)
     assert figures.run_twice == 0
 
@@ -150,7 +163,10 @@ def test_sigterm_and_then_sigkill_while_tasks_are_published(running: Stack, repo
     ]
     recovery = running.recovered(waiting, at)
     # The last message that a killed worker had popped is only missed when the line has moved past it.
-    report(running.finish("SIGTERM, then SIGKILL, 6 times", recovery_seconds=recovery, allowed_seconds=25))
+    figures = running.finish(
+        "SIGTERM, then SIGKILL, 6 times", recovery_seconds=recovery, allowed_seconds=25, workers="killed"
+    )
+    report(figures)
 
 
 @pytest.mark.slow
@@ -193,7 +209,10 @@ def test_a_worker_stopped_past_its_lease_that_then_goes_on(running: Stack, repor
             one.resume()
     before = running.fetch("SELECT id, status, attempt, finished_at FROM task ORDER BY id")
     figures = running.finish(
-        "SIGSTOP past the lease, then SIGCONT", recovery_seconds=recovery, allowed_seconds=DEAD_WORKER_SECONDS
+        "SIGSTOP past the lease, then SIGCONT",
+        recovery_seconds=recovery,
+        allowed_seconds=DEAD_WORKER_SECONDS,
+        workers="cut off",
     )
     report(figures)
     after = {row["id"]: row for row in running.fetch("SELECT id, status, attempt, finished_at FROM task")}
@@ -221,6 +240,30 @@ def test_tasks_that_kill_their_own_process_do_not_harm_their_neighbours(running:
     rows = {row["id"]: row for row in running.fetch("SELECT id::text, status, attempt, error_type, crashes FROM task")}
     assert {(rows[one]["status"], rows[one]["error_type"], rows[one]["crashes"]) for one in poison} == {
         ("FAILURE", "WorkerLost", 3)
+    }
+    assert {(rows[one]["status"], rows[one]["attempt"]) for one in innocent} == {("SUCCESS", 1)}
+
+
+@pytest.fixture
+def frugal(tmp_path: Path, pristine: Pristine) -> Iterator[Stack]:
+    """The whole service, whose tasks may take little memory."""
+    settings = {"TASKQUEUE_TASK_MEMORY_MEBIBYTES": str(TASK_MEMORY_MEBIBYTES)}
+    with stack(tmp_path, pristine, SEED, **settings) as started:
+        yield started
+        print(started.service.logs())  # noqa: T201  # pytest shows it with a failure only
+
+
+def test_tasks_that_fill_the_memory_do_not_harm_their_neighbours(frugal: Stack, report: Report) -> None:
+    innocent, greedy = [], []
+    for _ in range(4):
+        innocent += frugal.submit_many(20, "faults.work", 0.1)
+        greedy.append(frugal.submit("sample.allocate", 32 * TASK_MEMORY_MEBIBYTES))
+    figures = frugal.finish("4 in 84 tasks fill the memory", recovery_seconds=0, allowed_seconds=0)
+    report(figures)
+    assert figures.run_twice == 0
+    rows = {row["id"]: row for row in frugal.fetch("SELECT id::text, status, attempt, error_type, crashes FROM task")}
+    assert {(rows[one]["status"], rows[one]["error_type"], rows[one]["crashes"]) for one in greedy} == {
+        ("FAILURE", "OutOfMemory", 0)
     }
     assert {(rows[one]["status"], rows[one]["attempt"]) for one in innocent} == {("SUCCESS", 1)}
 
@@ -267,7 +310,10 @@ def test_cancels_of_tasks_that_wait_retry_run_and_have_lost_their_worker(running
     wait_until(lambda: set(running.statuses(cancelled).values()) == {"REVOKED"}, 30, "the end of the cancelled")
     took = time.time() - at
     figures = running.finish(
-        "cancel: waiting, retrying, worker dead", recovery_seconds=took, allowed_seconds=DEAD_WORKER_SECONDS
+        "cancel: waiting, retrying, worker dead",
+        recovery_seconds=took,
+        allowed_seconds=DEAD_WORKER_SECONDS,
+        workers="killed",
     )
     report(figures)
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -11,13 +11,17 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """One request. Header names are in lower case; `at` is `time.time()`, in seconds."""
+    """One request. Header names are in lower case; `at` is `time.time()`, in seconds.
+
+    `answered` is the status that was said; None while none was, or if nobody was left to hear it.
+    """
 
     method: str
     path: str
     headers: Mapping[str, str]
     body: bytes
     at: float
+    answered: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +96,8 @@ class Receiver:
     ) -> None:
         self.close()
 
-    def _take(self, received: Received) -> Answer:
+    def _take(self, received: Received) -> tuple[int, Answer]:
+        """Remember a request; returns its number, from 1, and what to say."""
         with self._lock:
             self._requests.append(received)
             number = len(self._requests)
@@ -100,7 +105,11 @@ class Receiver:
             answer = self._script(received)
         else:
             answer = self._script[number - 1] if number <= len(self._script) else Answer()
-        return Answer(status=answer) if isinstance(answer, int) else answer
+        return number, Answer(status=answer) if isinstance(answer, int) else answer
+
+    def _said(self, number: int, status: int) -> None:
+        with self._lock:
+            self._requests[number - 1] = replace(self._requests[number - 1], answered=status)
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         receiver = self
@@ -111,7 +120,7 @@ class Receiver:
 
             def _answer(self) -> None:
                 length = int(self.headers.get("content-length") or 0)
-                answer = receiver._take(
+                number, answer = receiver._take(
                     Received(
                         method=self.command,
                         path=self.path,
@@ -122,6 +131,7 @@ class Receiver:
                 )
                 receiver._closing.wait(answer.delay_seconds)
                 self._say(answer)
+                receiver._said(number, answer.status)
 
             do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer  # noqa: N815
 

@@ -73,8 +73,9 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
 # to ask for the status, the planner might read the whole index of what is running: it is tiny, until it is not.
 
 # `mine` reports what was asked for, whether or not the row still agrees. Leases are only pushed out
-# once a third of them is used, so that asking every second does not write every second. Rows are
-# locked in the order of their ids, so that two statements over the same rows can't deadlock.
+# once a third of them is used, so that asking every second does not write every second. A row that is
+# locked is left for the next second: a settle holds its row for as long as its commit waits, for a
+# standby perhaps, and its neighbours must not lose their leases to that.
 _RENEW = """
 WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
 mine AS (
@@ -83,7 +84,7 @@ mine AS (
     SELECT t.id FROM task t JOIN mine m USING (id), quick
      WHERE t.attempt = m.attempt AND t.token = m.token
        AND t.lease_until < now() + make_interval(secs => $4::float8 * 2 / 3)
-     ORDER BY t.id FOR UPDATE OF t
+     ORDER BY t.id FOR UPDATE OF t SKIP LOCKED
 ), renewed AS (
     UPDATE task t SET lease_until = now() + make_interval(secs => $4) FROM due WHERE t.id = due.id
 )

@@ -368,6 +368,21 @@ async def test_a_renewal_writes_only_what_is_a_third_used_and_tells_what_is_not_
     assert renewed - await lifecycle.clock(db) > timedelta(seconds=20)
 
 
+async def test_a_renewal_does_not_wait_for_a_neighbour_whose_row_is_locked(
+    db: Database, rival: "asyncpg.Connection[asyncpg.Record]"
+) -> None:
+    """As by a settle whose commit waits for a standby that is silent."""
+    neighbour, settling = [(await started(db, await submitted(db), lease_seconds=10)).claim for _ in range(2)]
+    async with rival.transaction():
+        await rival.execute("UPDATE task SET progress = 0.5 WHERE id = $1", settling.task_id)
+        async with asyncio.timeout(5):
+            leases = await lifecycle.renew(db, [neighbour, settling], lease_seconds=30)
+    until_then = await lifecycle.clock(db) + timedelta(seconds=20)
+    assert [lease.held for lease in leases] == [True, True]
+    assert (await row(db, neighbour.task_id))["lease_until"] > until_then
+    assert (await row(db, settling.task_id))["lease_until"] < until_then
+
+
 async def test_a_lease_of_a_fraction_of_a_second_is_renewed_for_that_long(db: Database) -> None:
     held = (await started(db, await submitted(db), lease_seconds=0.1)).claim
     await lifecycle.renew(db, [held], lease_seconds=0.9)

@@ -229,6 +229,7 @@ SELECT name, setting FROM pg_settings
  WHERE name IN ('server_version', 'server_version_num', 'fsync', 'full_page_writes', 'synchronous_commit',
                 'synchronous_standby_names', 'max_connections')
 UNION ALL SELECT 'in_recovery', CASE WHEN pg_is_in_recovery() THEN 'on' ELSE 'off' END
+UNION ALL SELECT 'followers', count(*)::text FROM pg_stat_replication
 """
 
 

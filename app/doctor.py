@@ -67,9 +67,14 @@ def judge_durability(facts: Mapping[str, str]) -> list[Finding]:
     if facts["synchronous_commit"] == "off":
         say("bad", "synchronous_commit is off: a crash loses the last acknowledged tasks")
     elif not facts["synchronous_standby_names"]:
-        say("risk", "no standby is synchronous: tasks survive a crash, but not the loss of its disk or a failover")
+        if facts["followers"] != "0":
+            say("risk", "its standbys follow asynchronously: a failover to one loses the last acknowledged tasks")
+        else:
+            say("risk", "no standby is synchronous: tasks survive a crash, but not the loss of its disk or a failover")
     elif facts["synchronous_commit"] == "local":
         say("risk", "synchronous_commit is local: a failover loses what the standby had not yet received")
+    elif facts["followers"] == "0":
+        say("bad", "synchronous_standby_names is set and no standby is connected: every commit waits for one")
     return found
 
 

@@ -244,6 +244,12 @@ class Stack:
         self._closing.callback(self.postgres.stop)
         self.postgres.start()
 
+    def fail_over(self, server: Server, successor: RunningServer) -> None:
+        """Have everybody find another server in the place of one that is gone, this stack included."""
+        setattr(self, server, successor)
+        for network in self.networks(server):
+            network.retarget(successor.url)
+
     # What is submitted, and what is known of it.
 
     def submit(self, task: str, *args: Any, webhook: bool = True, **fields: Any) -> str:

@@ -64,7 +64,7 @@ class Proxy:
     def __init__(self, url: str) -> None:
         """Stand in front of the server that `url` names, which need not run yet."""
         parts = urlsplit(url)
-        self._target = parts.hostname or ports.ADDRESS, parts.port or 0
+        self._target = _address(url)
         [self.port] = ports.free_ports(1)
         credentials, at, _ = parts.netloc.rpartition("@")
         self.url = urlunsplit(parts._replace(netloc=f"{credentials}{at}{ports.ADDRESS}:{self.port}"))
@@ -100,6 +100,11 @@ class Proxy:
     def bury(self) -> None:
         """Close the connections that a black hole left silent, as both ends do after a quarter of an hour."""
         self._run(self._bury())
+
+    def retarget(self, url: str) -> None:
+        """Lead new connections to another server, which takes the same credentials, as when a name is given a new
+        address. Those that are there stay where they are."""
+        self._target = _address(url)
 
     def trap(self, wanted: bytes, *, sender: Literal["client", "server"], then: Literal["cut", "silence"]) -> Trap:
         """Lose the first packet from now on that holds these bytes, and the connection that carries it."""
@@ -190,6 +195,11 @@ class Proxy:
                         return
                     await asyncio.Event().wait()  # for ever: until the connection is cut
             await self._loop.sock_sendall(sink, data)
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or ports.ADDRESS, parts.port or 0
 
 
 async def _cancelled(*tasks: asyncio.Task[None]) -> None:

@@ -12,6 +12,7 @@ POSTGRES = {
     "synchronous_standby_names": "ANY 1 (a)",
     "max_connections": "100",
     "in_recovery": "off",
+    "followers": "1",
     "revision": "0002",
 }
 REDIS = {"redis_version": "7.2.1", "maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": "0"}
@@ -39,6 +40,7 @@ def test_a_sound_postgres_and_a_sound_redis_are_ok() -> None:
         ("synchronous_commit", "off", "bad"),
         ("synchronous_commit", "local", "risk"),
         ("synchronous_standby_names", "", "risk"),
+        ("followers", "0", "bad"),
         ("max_connections", "22", "bad"),
         ("in_recovery", "on", "bad"),
         ("revision", "0001", "bad"),
@@ -50,6 +52,16 @@ def test_what_would_break_a_promise_of_postgres_is_named(name: str, value: str, 
 
     assert level in levels(found)
     assert all(one.sentence for one in found)
+
+
+def test_a_failover_is_a_risk_to_what_an_asynchronous_standby_did_not_get() -> None:
+    followed = of_postgres(synchronous_standby_names="")
+    alone = of_postgres(synchronous_standby_names="", followers="0")
+
+    assert levels(followed) == levels(alone) == ["ok", "risk"]
+    assert "asynchronously" in followed[-1].sentence
+    assert "no standby" in alone[-1].sentence
+    assert levels(of_postgres(synchronous_commit="local", followers="0")) == ["ok", "risk"], "nobody waits"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_postgres_fails_over_to_its_synchronous_standby(running: Stack, report: 
             "Postgres fails over to its synchronous standby",
             recovery_seconds=recovery,
             allowed_seconds=FAILOVER_SECONDS,
+            workers="cut off",
             reclaims=True,
         )
         assert refused, "not one submit came while there was no primary"

@@ -40,7 +40,7 @@ from tests.support.waiting import wait_until
 
 CONCURRENCY = 4
 SUBMITTERS = 4
-PER_SECOND = 30.0
+PER_SECOND = 40.0
 PAUSE_SECONDS = (1.0, 5.0)
 """Between the end of one fault and the next."""
 OUTAGE_SECONDS = (0.2, 8.0)
@@ -71,11 +71,11 @@ PACKETS: Mapping[str, tuple[bytes, Literal["client", "server"], Server, Role]] =
 def job(chance: random.Random) -> tuple[str, list[Any], dict[str, Any]]:
     """A task to submit: its name, arguments and options."""
     draw = chance.random()
-    if draw < 0.80:
+    if draw < 0.82:
         return "faults.work", [round(chance.expovariate(1 / 0.03), 3)], {}
-    if draw < 0.88:
+    if draw < 0.90:
         return "faults.work", [0.0, chance.randint(1, 3)], {"max_retries": 5}
-    if draw < 0.92:
+    if draw < 0.94:
         return "faults.work", [0.05], {"countdown": round(chance.uniform(0.5, 20), 1)}
     if draw < 0.95:
         return "faults.work", [round(chance.uniform(1.0, 6.0), 1)], {}

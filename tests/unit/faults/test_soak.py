@@ -10,8 +10,8 @@ def test_a_long_run_that_met_every_fault_under_load_is_good_enough() -> None:
 
 
 def test_a_run_with_too_few_tasks_says_too_little() -> None:
-    assert shortfalls(719, 1, {}, FAULTS) == ["719 tasks were acknowledged, fewer than 720"]
-    assert shortfalls(720, 1, {}, FAULTS) == []
+    assert shortfalls(959, 1, {}, FAULTS) == ["959 tasks were acknowledged, fewer than 960"]
+    assert shortfalls(960, 1, {}, FAULTS) == []
 
 
 def test_a_long_run_that_never_met_a_fault_says_too_little() -> None:

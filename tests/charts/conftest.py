@@ -12,7 +12,7 @@ def _has_helm() -> bool:
     return subprocess.run(["helm", "version"], capture_output=True, check=False).returncode == 0
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _needs_helm() -> None:
     if not _has_helm():
         pytest.skip("needs helm on PATH")

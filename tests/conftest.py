@@ -19,10 +19,26 @@ def pytest_configure(config: pytest.Config) -> None:
     for variable in variables():  # what a developer has set must not change what a test sees
         os.environ.pop(variable, None)
     config.stash[SESSION_SERVERS] = SessionServers()
+    config.pluginmanager.register(_FaultLines(config))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     config.stash[SESSION_SERVERS].close()
+
+
+class _FaultLines:
+    """Prints each line of the fault table as soon as it is known: a run that is interrupted has told of what it did."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.when == "call" and terminal is not None and not hasattr(self._config, "workerinput"):
+            for name, text in report.user_properties:
+                if name == "fault":
+                    terminal.ensure_newline()
+                    terminal.write_line(str(text))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -120,12 +120,16 @@ class Receiver:
 
             def _answer(self) -> None:
                 length = int(self.headers.get("content-length") or 0)
+                body = self.rfile.read(length)
+                if len(body) < length:  # whoever was sending died in the middle: nothing has arrived
+                    self.close_connection = True
+                    return
                 number, answer = receiver._take(
                     Received(
                         method=self.command,
                         path=self.path,
                         headers={name.lower(): value for name, value in self.headers.items()},
-                        body=self.rfile.read(length),
+                        body=body,
                         at=time.time(),
                     )
                 )

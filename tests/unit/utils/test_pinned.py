@@ -93,6 +93,11 @@ async def test_no_connection_is_tried_to_a_denied_address_however_it_is_found(ad
         with pytest.raises(pinned.Blocked):
             await made.connect_tcp(host, 443)
     assert network.tried == []
+    rebound = backend(Names(answers=[["93.184.216.34"], [address]]), network)
+    await rebound.connect_tcp("hooks.example", 443)
+    with pytest.raises(pinned.Blocked):
+        await rebound.connect_tcp("hooks.example", 443)
+    assert network.tried == [("93.184.216.34", 443)]
 
 
 @pytest.mark.parametrize("address", PUBLIC)

@@ -36,6 +36,12 @@ def readable(raw: bytes) -> str:
     return raw.decode("utf-8", "replace").translate(_CONTROLS)
 
 
+def excerpt(raw: bytes, limit_bytes: int) -> str:
+    """The beginning of foreign bytes as `readable` text that takes at most so many bytes in UTF-8."""
+    # What is not UTF-8 becomes U+FFFD, which takes three.
+    return readable(raw[:limit_bytes]).encode()[:limit_bytes].decode("utf-8", "ignore")
+
+
 @dataclass(slots=True)
 class Answer:
     """What has come of an answer so far, so that a deadline in its middle does not lose its status."""

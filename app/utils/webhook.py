@@ -70,7 +70,8 @@ class Receipt:
         status_code: of the answer, if there was one.
         retry_after_seconds: how long the receiver wants to be left alone, at most a day.
         duration_seconds: from the call to the end, whatever the end.
-        excerpt: the first 4 KiB of the body of an answer other than 2xx, as text that Postgres can hold.
+        excerpt: the beginning of the body of an answer other than 2xx, as text that Postgres can hold: at most
+            4 KiB of it, also in UTF-8.
     """
 
     outcome: Outcome
@@ -256,7 +257,7 @@ def _receipt(answer: exchange.Answer, failure: Exception | None, duration_second
         status_code=answer.status_code,
         retry_after_seconds=retry_after(answer.headers.get("retry-after"), now),
         duration_seconds=duration_seconds,
-        excerpt=exchange.readable(bytes(answer.body)),
+        excerpt=exchange.excerpt(bytes(answer.body), EXCERPT_BYTES),
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from app.utils.webhook import Outcome
+from tests.support.certificates import self_signed
 from tests.support.egress import Case, Result
 from tests.unit.utils.test_guard import DENIED, PUBLIC
 
@@ -52,20 +53,14 @@ def cases() -> list[Case]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Result]:
     """What became of each case, by its name."""
-    for program in ("unshare", "ip", "openssl"):
+    for program in ("unshare", "ip"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine allows no network namespaces")
     directory = tmp_path_factory.mktemp("egress")
-    crt, key, asked = directory / "crt", directory / "key", directory / "cases.json"
-    names = ",".join(["DNS:*.hooks.example", *(f"IP:{address}" for address in PUBLIC)])
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", str(key), "-out", str(crt), "-days", "2", "-subj", "/CN=hooks.example",
-         "-addext", f"subjectAltName={names}"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    asked = directory / "cases.json"
+    crt, key = self_signed(directory, "*.hooks.example", addresses=PUBLIC)
     asked.write_text(json.dumps({"crt": str(crt), "key": str(key), "cases": [asdict(one) for one in cases()]}))
     done = subprocess.run(
         [*UNSHARE, sys.executable, "-m", "tests.support.egress", str(asked)],

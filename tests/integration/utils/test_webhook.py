@@ -2,21 +2,19 @@
 
 import asyncio
 import base64
-import gzip
 import json
-import shutil
 import ssl
-import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from standardwebhooks import Webhook
 
 from app.utils import guard, pinned, webhook
 from app.utils.webhook import Outcome, Receipt
+from tests.support.certificates import Certificate, self_signed
+from tests.support.hostile import Hostile, dripped_success, head, huge_header, reset_mid_body, serving, silent
 from tests.support.receiver import Answer, Receiver
 
 OLD, NEW = b"o" * 32, b"n" * 32
@@ -25,34 +23,6 @@ DEADLINE_SECONDS = 0.5
 SLACK_SECONDS = 0.5
 """For a busy machine; the deadline itself is kept to a few milliseconds."""
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-Hostile = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def serving(behaviour: Hostile, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
-    """A server that does `behaviour` on each connection; yields its port and leaves no task behind."""
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        try:
-            await behaviour(reader, writer)
-        except (ConnectionError, asyncio.CancelledError, asyncio.IncompleteReadError):
-            pass  # the client hung up, or the test is over
-        finally:
-            writer.transport.abort()
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def send(
@@ -146,113 +116,6 @@ async def test_no_cookie_and_no_connection_is_carried_over_to_the_next_post() ->
                 await sender.post(receiver.url, webhook_id="id", body=b"{}", traceparent=None, timestamp_seconds=1)
     assert all("cookie" not in received.headers for received in receiver.requests)
     assert [received.headers["connection"] for received in receiver.requests] == ["close", "close"]
-
-
-async def head(reader: asyncio.StreamReader) -> None:
-    await reader.readuntil(b"\r\n\r\n")
-
-
-async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    await reader.read()
-
-
-async def drip(writer: asyncio.StreamWriter, piece: bytes, pause_seconds: float) -> None:
-    while True:
-        writer.write(piece)
-        await writer.drain()
-        await asyncio.sleep(pause_seconds)
-
-
-async def dripped_header(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
-    await drip(writer, b"a", 0.02)
-
-
-async def endless_hints(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    await drip(writer, b"HTTP/1.1 103 Early Hints\r\nlink: </>\r\n\r\n", 0.005)
-
-
-async def dripped_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 500 No\r\ncontent-length: 100000\r\n\r\n")
-    await drip(writer, b"b", 0.02)
-
-
-async def dripped_success(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
-    await drip(writer, b"b", 0.02)
-
-
-async def endless_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 500 No\r\n\r\n")
-    await drip(writer, b"c" * 65536, 0)
-
-
-async def huge_header(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 200 OK\r\nx-huge: " + b"d" * 360_000 + b"\r\n\r\n")
-    await writer.drain()
-    await reader.read()
-
-
-async def gzip_bomb(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    bomb = gzip.compress(bytes(10_000_000))
-    writer.write(b"HTTP/1.1 500 No\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb) + bomb)
-    await writer.drain()
-    await reader.read()
-
-
-async def reset_at_once(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-    await head(reader)
-
-
-async def reset_mid_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 502 No\r\ncontent-length: 100\r\n\r\npartial")
-    await writer.drain()
-
-
-async def no_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"220 smtp.example ESMTP\r\n")
-    await writer.drain()
-
-
-async def switching(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await head(reader)
-    writer.write(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n")
-    await drip(writer, b"e", 0.02)
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "outcome", "status_code"),
-    [
-        (silent, Outcome.TIMEOUT, None),
-        (dripped_header, Outcome.TIMEOUT, None),
-        (endless_hints, Outcome.TIMEOUT, None),
-        (dripped_body, Outcome.HTTP_5XX, 500),
-        (dripped_success, Outcome.SUCCESS, 200),
-        (endless_body, Outcome.HTTP_5XX, 500),
-        (huge_header, Outcome.CONNECT_ERROR, None),
-        (gzip_bomb, Outcome.HTTP_5XX, 500),
-        (reset_at_once, Outcome.CONNECT_ERROR, None),
-        (reset_mid_body, Outcome.HTTP_5XX, 502),
-        (no_http, Outcome.CONNECT_ERROR, None),
-        (switching, Outcome.CONNECT_ERROR, None),
-    ],
-)
-async def test_a_hostile_receiver_costs_no_more_than_the_deadline(
-    behaviour: Hostile, outcome: Outcome, status_code: int | None
-) -> None:
-    async with serving(behaviour) as port:
-        receipt = await send(f"http://127.0.0.1:{port}/", body=bytes(1_000_000))
-    assert (receipt.outcome, receipt.status_code) == (outcome, status_code)
-    assert len(receipt.excerpt) <= 4096
 
 
 async def test_nobody_listening_is_a_connect_error() -> None:
@@ -349,23 +212,12 @@ async def test_an_allowed_origin_is_reached_inside() -> None:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     """A self-signed certificate for hooks.example, and its key, made for this run."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
-    directory = tmp_path_factory.mktemp("tls")
-    crt, key = directory / "hooks.crt", directory / "hooks.key"
-    subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", str(key), "-out", str(crt), "-days", "2", "-subj", "/CN=hooks.example",
-         "-addext", "subjectAltName=DNS:hooks.example"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return crt, key
+    return self_signed(tmp_path_factory.mktemp("tls"), "hooks.example")
 
 
-def server_side(certificate: tuple[Path, Path]) -> ssl.SSLContext:
+def server_side(certificate: Certificate) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     return context
@@ -379,7 +231,7 @@ async def accepting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 
 async def test_tls_is_checked_against_the_name_though_the_connection_goes_to_the_address(
-    certificate: tuple[Path, Path],
+    certificate: Certificate,
 ) -> None:
     trusted = ssl.create_default_context(cafile=certificate[0])
     context = server_side(certificate)
@@ -391,16 +243,6 @@ async def test_tls_is_checked_against_the_name_though_the_connection_goes_to_the
     assert seen == ["hooks.example"]
 
 
-@pytest.mark.parametrize(("host", "known"), [("other.example", True), ("hooks.example", False)])
-async def test_a_certificate_for_another_name_or_from_a_stranger_is_a_tls_error(
-    host: str, known: bool, certificate: tuple[Path, Path]
-) -> None:
-    trusted = ssl.create_default_context(cafile=certificate[0]) if known else None
-    async with serving(accepting, server_side(certificate)) as port, names(loopback) as resolver:
-        receipt = await send(f"https://{host}:{port}/", resolver=resolver, trusted=trusted)
-    assert receipt.outcome is Outcome.TLS_ERROR
-
-
 async def test_plain_http_behind_https_is_a_tls_error() -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
@@ -410,11 +252,6 @@ async def test_plain_http_behind_https_is_a_tls_error() -> None:
 
     async with serving(plain) as port:
         assert (await send(f"https://127.0.0.1:{port}/")).outcome is Outcome.TLS_ERROR
-
-
-async def test_a_handshake_that_stalls_is_a_timeout() -> None:
-    async with serving(silent) as port:
-        assert (await send(f"https://127.0.0.1:{port}/")).outcome is Outcome.TIMEOUT
 
 
 async def test_a_handshake_that_the_deadline_cuts_off_leaves_no_socket_behind() -> None:
@@ -431,13 +268,6 @@ async def test_a_handshake_that_the_deadline_cuts_off_leaves_no_socket_behind() 
         assert receipt.outcome is Outcome.TIMEOUT
         async with asyncio.timeout(5):
             await hung_up.wait()
-
-
-async def test_a_header_that_drips_inside_tls_is_a_timeout(certificate: tuple[Path, Path]) -> None:
-    trusted = ssl.create_default_context(cafile=certificate[0])
-    async with serving(dripped_header, server_side(certificate)) as port, names(loopback) as resolver:
-        receipt = await send(f"https://hooks.example:{port}/", resolver=resolver, trusted=trusted)
-    assert receipt.outcome is Outcome.TIMEOUT
 
 
 async def test_a_receiver_that_swallows_everything_holds_up_nobody_else() -> None:

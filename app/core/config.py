@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         validation_alias=_variable("TASKQUEUE_WEBHOOK_SECRET"),
-        description="`whsec_…` keys that sign webhooks; several, space-separated, while rotating.",
+        description="`whsec_…` (HMAC) or `whsk_…` (ed25519) keys that sign webhooks; several, with spaces, to rotate.",
     )
     webhook_allow_private: bool = Field(
         default=False,
@@ -273,18 +273,33 @@ class Settings(BaseSettings):
 
 
 def webhook_key(secret: str) -> bytes:
-    """The key inside a `whsec_…` secret: 24 to 64 bytes, base64 (Standard Webhooks, "Signature scheme").
+    """The key inside a secret that signs (Standard Webhooks, "Signature scheme").
+
+    `whsec_…` holds 24 to 64 random bytes in base64. `whsk_…` holds an ed25519 key: its 32 bytes,
+    or these and the 32 of its public key, as Svix writes them.
 
     Raises:
         ValueError: if it is anything else. The message does not repeat it.
     """
+    prefix, _, text = secret.partition("_")
     try:
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        key = b""
-    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:  # noqa: PLR2004
-        raise ValueError("must be whsec_ followed by the base64 of 24 to 64 random bytes")
-    return key
+        raw = b""
+    if prefix == "whsec" and 24 <= len(raw) <= 64:  # noqa: PLR2004
+        return raw
+    if prefix == "whsk" and len(raw) in {32, 64} and _is_pair(raw):
+        return raw
+    raise ValueError(
+        "must be whsec_ followed by the base64 of 24 to 64 random bytes, or whsk_ followed by that of an ed25519 key"
+    )
+
+
+def _is_pair(raw: bytes) -> bool:
+    """Whether the public key behind the private one, if there is one, is its own."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415  # takes 50 ms
+
+    return Ed25519PrivateKey.from_private_bytes(raw[:32]).public_key().public_bytes_raw().startswith(raw[32:])
 
 
 def variables() -> Mapping[str, str]:

@@ -6,9 +6,6 @@ keeps the deliveries decides what it means. Nothing here knows a database.
 """
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import re
 import ssl
 import time
@@ -23,12 +20,12 @@ from typing import Self
 import httpx
 
 from app.core import config, errors
-from app.utils import exchange, guard, pinned
+from app.utils import exchange, guard, pinned, signing
 from app.utils.exchange import Outcome
+from app.utils.signing import sign
 
 __all__ = [
     "METHODS", "Outcome", "Receipt", "RequestFailed", "Response", "Sender", "request", "retry_after", "sign",
-    "signing_keys",
 ]  # fmt: skip
 
 DEADLINE_SECONDS = 15.0
@@ -106,33 +103,6 @@ class RequestFailed(errors.TaskQueueError):
         self.outcome = outcome
 
 
-def signing_keys(settings: config.Settings) -> tuple[bytes, ...]:
-    """The keys inside the secrets of the settings, in their order."""
-    return tuple(config.webhook_key(secret.get_secret_value()) for secret in settings.webhook_secrets)
-
-
-def sign(keys: Sequence[bytes], webhook_id: str, timestamp_seconds: int, body: bytes) -> str:
-    """The `webhook-signature` header: one `v1,…` for each key, with spaces between them.
-
-    Several keys sign while a secret is being rotated; a receiver accepts whichever it
-    knows (Standard Webhooks, "Signature scheme" and "Rotation").
-
-    Args:
-        keys: raw keys, from `config.webhook_key`.
-        webhook_id: the `webhook-id` header.
-        timestamp_seconds: the `webhook-timestamp` header, Unix time of this attempt.
-        body: the very bytes that are sent.
-
-    Raises:
-        ValueError: if the id contains a full stop, which separates what is signed.
-    """
-    if "." in webhook_id:
-        raise ValueError("a webhook id must not contain a full stop")
-    signed = f"{webhook_id}.{timestamp_seconds}.".encode() + body
-    digests = (hmac.new(key, signed, hashlib.sha256).digest() for key in keys)
-    return " ".join("v1," + base64.b64encode(digest).decode() for digest in digests)
-
-
 def retry_after(value: str | None, now: datetime) -> float | None:
     """Seconds that a `Retry-After` header asks for, at most a day (RFC 9110 section 10.2.3).
 
@@ -176,7 +146,7 @@ class Sender:
     def __init__(
         self,
         rules: guard.EgressRules,
-        keys: Sequence[bytes] = (),
+        keys: Sequence[signing.Key] = (),
         *,
         deadline_seconds: float = DEADLINE_SECONDS,
         resolver: pinned.Resolver | None = None,
@@ -190,7 +160,7 @@ class Sender:
     @classmethod
     def from_settings(cls, settings: config.Settings) -> Self:
         """A sender with the rules and keys of the settings."""
-        return cls(guard.EgressRules.from_settings(settings), signing_keys(settings))
+        return cls(guard.EgressRules.from_settings(settings), signing.keys(settings))
 
     async def __aenter__(self) -> Self:
         return self

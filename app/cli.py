@@ -9,6 +9,7 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,20 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"taskqueue {app.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    groups = {"": commands}
     for name, (run, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        if name == "migrate":
-            command.add_argument(
-                "--check", action="store_true", help="change nothing; succeed once somebody else has migrated"
-            )
-            command.add_argument(
-                "--patience",
-                type=_seconds,
-                default=0.0,
-                metavar="SECONDS",
-                help="how long to wait for that, or Postgres",
-            )
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            about = GROUPS[group]
+            within = commands.add_parser(group, help=about, description=about)
+            groups[group] = within.add_subparsers(title="commands", metavar="<command>", required=True)
+        one = groups[group].add_parser(last, help=text, description=text)
+        one.set_defaults(run=run)
+        if name in OPTIONS:
+            OPTIONS[name](one)
     return parser
 
 
@@ -177,6 +175,13 @@ def _migrate(*, check: bool, patience: float) -> int | None:
     return None
 
 
+def _migrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="change nothing; succeed once somebody else has migrated")
+    parser.add_argument(
+        "--patience", type=_seconds, default=0.0, metavar="SECONDS", help="how long to wait for that, or Postgres"
+    )
+
+
 def _dev() -> int | None:
     from app.dev import supervisor  # noqa: PLC0415
 
@@ -198,6 +203,58 @@ def _verify() -> int | None:
 def _told(lines: Sequence[str], well: bool) -> int:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0 if well else 1
+
+
+def _webhooks_verify(request: str, headers: str | None, body: str | None, *, any_time: bool) -> int | None:
+    from app.dev import receiving  # noqa: PLC0415
+
+    secrets = receiving.known_secrets()
+    if headers is None and body is None:
+        found, raw = receiving.split(receiving.captured(request))
+    elif headers is not None and body is not None:
+        found, raw = receiving.headers_of(receiving.captured(headers)), receiving.captured(body)
+    else:
+        raise receiving.Unreadable("--headers and --body go together")
+    line = receiving.verified(secrets, found, raw, None if any_time else time.time())
+    sys.stdout.write(f"verified: {line}\n")
+    return None
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "request", nargs="?", default="-", metavar="FILE",
+        help="the request: headers, an empty line, the body; the standard input unless given",
+    )  # fmt: skip
+    parser.add_argument("--headers", metavar="FILE", help="the headers, if they are in a file of their own")
+    parser.add_argument("--body", metavar="FILE", help="the body, byte for byte, if it is in a file of its own")
+    parser.add_argument("--any-time", action="store_true", help="accept one that was sent long ago")
+
+
+def _webhooks_listen(forward: str | None, host: str, port: int) -> int | None:
+    from app.dev import listening, receiving  # noqa: PLC0415
+
+    def show(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    listening.listen(receiving.known_secrets(), forward, host, port, show)
+    return None
+
+
+def _listen_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forward", metavar="URL", help="hand every verified one on, and answer what this URL answers")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=9000, help="port to listen on; 0 takes a free one (%(default)s)")
+
+
+def _webhooks_secret(*, ed25519: bool) -> int | None:
+    from app.dev import receiving  # noqa: PLC0415
+
+    return _told(receiving.new_secret(ed25519=ed25519), well=True)
+
+
+def _secret_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ed25519", action="store_true", help="a key pair: receivers need only its public half")
 
 
 def _config() -> int | None:
@@ -252,6 +309,16 @@ COMMANDS: Mapping[str, tuple[Callable[..., int | None], str]] = {
     "doctor": (_doctor, "say what in the surroundings would break a promise"),
     "verify": (_verify, "check the invariants of a live database"),
     "config": (_config, "print the settings in force, secrets masked"),
+    "webhooks listen": (_webhooks_listen, "receive webhooks on this machine: verify, show, hand on"),
+    "webhooks verify": (_webhooks_verify, "check a captured webhook, and say which check fails"),
+    "webhooks secret": (_webhooks_secret, "print a new secret to sign with"),
+}
+GROUPS: Mapping[str, str] = {"webhooks": "what who writes a receiver needs"}
+OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "migrate": _migrate_options,
+    "webhooks listen": _listen_options,
+    "webhooks verify": _verify_options,
+    "webhooks secret": _secret_options,
 }
 
 

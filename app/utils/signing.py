@@ -66,6 +66,18 @@ def key(secret: str) -> Key:
     return Ed25519Key.from_seed(raw[:32]) if secret.startswith("whsk_") else raw
 
 
+def check(secret: str) -> None:
+    """Whether something can be verified with it.
+
+    Raises:
+        ValueError: if it is no `whsec_…`, `whsk_…` or `whpk_…`. The message does not repeat it.
+    """
+    if secret.startswith("whpk_"):
+        _public_key(secret)
+    else:
+        key(secret)
+
+
 def keys(settings: config.Settings) -> tuple[Key, ...]:
     """The keys inside the secrets of the settings, in their order."""
     return tuple(key(secret.get_secret_value()) for secret in settings.webhook_secrets)

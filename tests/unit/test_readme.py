@@ -180,4 +180,5 @@ def test_the_receiver_accepts_what_this_service_signs_and_nothing_else(monkeypat
     assert namespace["receive"](headers, body) == 204
     assert namespace["receive"](headers, body.replace(b"succeeded", b"failed")) == 400
     assert namespace["receive"](headers | {"webhook-timestamp": str(sent_at - 3600)}, body) == 400
+    assert namespace["receive"](headers | {"webhook-signature": "garbage"}, body) == 400
     assert namespace["receive"]({}, body) == 400

@@ -64,6 +64,10 @@ demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count wha
 bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_ARGS="--explain" shows the plans
 	@exec $(BIN)/python -m benchmarks.backlog $(BENCH_ARGS)
 
+.PHONY: bench-webhooks
+bench-webhooks: $(VENV)/.dev ## Measure one relay's webhooks a second against a bare httpx client
+	@exec $(BIN)/python -m benchmarks.webhooks $(BENCH_ARGS)
+
 ##@ Kubernetes
 
 .PHONY: image
@@ -108,7 +112,7 @@ requirements: $(VENV)/.python ## Compile the hash-pinned requirement files anew
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	  /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # The virtual environment. Its stamps say what is in it: .python (itself), .embedded (what `make run`
 # needs), .dev (that and the tools). One environment serves both and only grows, so nothing that is

@@ -1,14 +1,20 @@
 """One HTTP exchange with a stranger: what came of it, whatever went wrong in its middle."""
 
+import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import httpcore
 import httpx
 
 from app.utils import guard, pinned
 
+DRAINED_BYTES = 16 * 1024
+DRAIN_SECONDS = 0.1
+"""How much is read of a body that nobody wants: most have a few bytes, and come with the status."""
 _CONTROLS = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"} | {0: ""}
 
 
@@ -61,6 +67,8 @@ class Answer:
             self.status_code, self.headers = response.status_code, response.headers
             if wanted(response.status_code):
                 await self._read(response)
+            else:
+                await _drain(response)
         finally:
             await response.aclose()
 
@@ -72,6 +80,17 @@ class Answer:
             if len(chunk) > room:
                 self.truncated = True
                 return
+
+
+async def _drain(response: httpx.Response) -> None:
+    """Take what is left of a short answer, so that its connection may carry another request."""
+    left = DRAINED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for chunk in response.aiter_raw():
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def is_success(status_code: int) -> bool:
@@ -91,7 +110,7 @@ _WORDS: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
     ((pinned.Blocked, guard.ForbiddenUrlError), Outcome.BLOCKED),
     ((pinned.Unresolvable,), Outcome.DNS_ERROR),
     ((ssl.SSLError,), Outcome.TLS_ERROR),
-    ((TimeoutError, httpx.TimeoutException), Outcome.TIMEOUT),
+    ((TimeoutError, httpx.TimeoutException, httpcore.TimeoutException), Outcome.TIMEOUT),
     ((ValueError, httpx.InvalidURL, httpx.UnsupportedProtocol), Outcome.INVALID_URL),
 )
 """Which error means what, the most telling first."""
@@ -100,8 +119,8 @@ _WORDS: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
 def outcome_of(failure: Exception | None) -> Outcome:
     """The word for a failure before any answer.
 
-    httpx names what httpcore raised as the cause, and httpcore holds what it
-    caught as its argument. The context says nothing: in the middle of TLS it is
+    httpcore holds what it caught as its argument, and who passes an error on
+    names it as the cause. The context says nothing: in the middle of TLS it is
     always an `SSLWantReadError`.
     """
     chain: list[BaseException] = []

@@ -12,13 +12,10 @@ import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from http.cookiejar import CookieJar
 from ipaddress import ip_address
 from typing import Any, NoReturn
 
 import httpcore
-import httpx
 
 from app.utils import guard
 
@@ -223,80 +220,3 @@ async def _verified(stream: httpcore.AsyncNetworkStream, address: guard.IPAddres
         await stream.aclose()
         raise Blocked("the connection does not lead to the address that was judged")
     return _Stream(stream)
-
-
-class GuardedTransport(httpx.AsyncHTTPTransport):
-    """HTTP/1.1 over a `PinnedBackend`, a new connection for each request.
-
-    No connection is kept, so every request has its addresses judged and nothing
-    is carried over from one receiver to the next on the same address.
-
-    Raises:
-        RuntimeError: if the pool would not use the backend, as after an update of
-            httpx or httpcore that changed their insides.
-    """
-
-    def __init__(self, backend: PinnedBackend, ssl_context: ssl.SSLContext) -> None:
-        super().__init__(verify=ssl_context, trust_env=False)
-        self._backend = backend
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context,
-            max_connections=None,  # whoever sends decides how much at once
-            max_keepalive_connections=0,
-            http1=True,
-            http2=False,
-            retries=0,
-            network_backend=backend,
-        )
-        if getattr(self._pool, "_network_backend", None) is not backend:
-            raise RuntimeError("httpcore does not use the guarded network backend")
-
-    async def aclose(self) -> None:
-        """Close what is open, and the resolver."""
-        self._backend.resolver.close()
-        await super().aclose()
-
-
-class _NoCookies(CookieJar):
-    """Forgets at once: a cookie of one receiver would travel to every other under the same domain."""
-
-    def extract_cookies(self, response: Any, request: Any) -> None:
-        """Keep nothing."""
-
-
-@cache
-def _trusted() -> ssl.SSLContext:
-    """Certificates are checked against httpx's bundle and the system's store; `SSL_CERT_FILE` adds to it."""
-    context = httpx.create_ssl_context(trust_env=False)
-    context.load_default_certs()
-    return context
-
-
-def client(
-    rules: guard.EgressRules,
-    *,
-    resolver: Resolver | None = None,
-    ssl_context: ssl.SSLContext | None = None,
-    network: httpcore.AsyncNetworkBackend | None = None,
-) -> httpx.AsyncClient:
-    """An HTTP client that can't leave the rules. The caller closes it with `aclose()`.
-
-    It follows no redirect, keeps no connection and no cookie, asks for no
-    compression and ignores proxies of the environment. It has no deadline of
-    its own but for connecting (`CONNECT_SECONDS`): use `asyncio.timeout`.
-
-    Args:
-        rules: what the operator allows.
-        resolver: names to addresses; the system's unless given. It is closed with the client.
-        ssl_context: which certificates are trusted; the public ones unless given.
-        network: opens the connections; asyncio's unless given.
-    """
-    backend = PinnedBackend(rules, resolver or Resolver(), network)
-    return httpx.AsyncClient(
-        transport=GuardedTransport(backend, ssl_context or _trusted()),
-        headers={"accept-encoding": "identity", "connection": "close"},
-        cookies=_NoCookies(),
-        timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-        trust_env=False,
-        follow_redirects=False,
-    )

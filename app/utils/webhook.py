@@ -14,13 +14,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Self
 
-import httpx
-
 from app.core import config, errors
-from app.utils import exchange, guard, pinned, signing
+from app.utils import exchange, guard, guarded, pinned, signing
 from app.utils.exchange import Outcome
 from app.utils.signing import sign
 
@@ -30,6 +29,8 @@ __all__ = [
 
 DEADLINE_SECONDS = 15.0
 """From the look-up of the name to the last byte of the answer (Standard Webhooks: 15 to 30 s)."""
+KEEP_SECONDS = 30.0
+"""How old a connection may be that carries another webhook: so long may an address be out of date."""
 EXCERPT_BYTES = 4096
 RETRY_AFTER_LIMIT_SECONDS = 86_400.0
 """A receiver can ask for a day of rest, not for more."""
@@ -152,10 +153,11 @@ class Sender:
         resolver: pinned.Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self._rules = rules
+        # One URL has many webhooks. The size bounds what strangers can make us remember.
+        self._admitted = lru_cache(maxsize=1024)(partial(guard.admit_url, rules=rules))
         self._keys = tuple(keys)
         self._deadline_seconds = deadline_seconds
-        self._client = pinned.client(rules, resolver=resolver, ssl_context=ssl_context)
+        self._client = guarded.client(rules, resolver=resolver, ssl_context=ssl_context, keep_seconds=KEEP_SECONDS)
 
     @classmethod
     def from_settings(cls, settings: config.Settings) -> Self:
@@ -175,7 +177,14 @@ class Sender:
         await self._client.aclose()
 
     async def post(
-        self, url: str, *, webhook_id: str, body: bytes, traceparent: str | None, timestamp_seconds: int
+        self,
+        url: str,
+        *,
+        webhook_id: str,
+        body: bytes,
+        traceparent: str | None,
+        timestamp_seconds: int,
+        owner: str = "",
     ) -> Receipt:
         """POST a webhook once, and say what happened. Only cancellation is raised.
 
@@ -185,21 +194,25 @@ class Sender:
             body: the JSON to sign and send, byte for byte.
             traceparent: W3C trace context to hand on, if there is one.
             timestamp_seconds: Unix time of this attempt, which is signed with it.
+            owner: on whose behalf; no two owners share a connection.
         """
         started = time.monotonic()
         answer = exchange.Answer(EXCERPT_BYTES)
         failure: Exception | None = None
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                request = self._request(url, webhook_id, body, traceparent, timestamp_seconds)
+                headers = self._headers(webhook_id, timestamp_seconds, body)
+                if traceparent is not None:
+                    headers["traceparent"] = traceparent
+                request = self._client.build_request(
+                    "POST", self._admitted(url), headers=headers, content=body, extensions={guarded.OWNER: owner}
+                )
                 await answer.receive(self._client, request, wanted=lambda status: not exchange.is_success(status))
         except Exception as error:  # noqa: BLE001  # libraries raise more kinds than they list; none may escape
             failure = error
         return _receipt(answer, failure, time.monotonic() - started)
 
-    def _request(
-        self, url: str, webhook_id: str, body: bytes, traceparent: str | None, timestamp_seconds: int
-    ) -> httpx.Request:
+    def _headers(self, webhook_id: str, timestamp_seconds: int, body: bytes) -> dict[str, str]:
         headers = {
             "content-type": "application/json",
             "user-agent": USER_AGENT,
@@ -208,10 +221,7 @@ class Sender:
         }
         if self._keys:
             headers["webhook-signature"] = sign(self._keys, webhook_id, timestamp_seconds, body)
-        if traceparent is not None:
-            headers["traceparent"] = traceparent
-        admitted = guard.admit_url(url, self._rules)
-        return self._client.build_request("POST", admitted, headers=headers, content=body)
+        return headers
 
 
 def _receipt(answer: exchange.Answer, failure: Exception | None, duration_seconds: float) -> Receipt:
@@ -277,7 +287,7 @@ async def request(
     except ValueError as refused:
         raise ValueError(f"url {refused}") from None
     answer = exchange.Answer(RESPONSE_BYTES)
-    client = pinned.client(rules, resolver=resolver, ssl_context=ssl_context)
+    client = guarded.client(rules, resolver=resolver, ssl_context=ssl_context)
     try:
         async with aclosing(client), asyncio.timeout(timeout_seconds):
             await answer.receive(

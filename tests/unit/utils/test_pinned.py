@@ -6,7 +6,6 @@ from ipaddress import ip_address
 from typing import Any
 
 import httpcore
-import httpx
 import pytest
 
 from app.utils import guard, pinned
@@ -226,26 +225,3 @@ async def test_a_resolver_that_hangs_is_given_up_and_holds_up_nobody(backend: Co
 
 def test_localhost_is_resolved_by_the_system() -> None:
     assert set(pinned.system_lookup("localhost", 80)) <= {"127.0.0.1", "::1"}
-
-
-async def test_a_pool_that_would_ignore_the_backend_is_refused(
-    monkeypatch: pytest.MonkeyPatch, backend: Connect
-) -> None:
-    class Deaf(httpcore.AsyncConnectionPool):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**(options | {"network_backend": None}))
-
-    monkeypatch.setattr(httpcore, "AsyncConnectionPool", Deaf)
-    with pytest.raises(RuntimeError, match="guarded"):
-        pinned.GuardedTransport(backend(Names(), Network()), httpx.create_ssl_context(verify=False))
-
-
-async def test_proxies_of_the_environment_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:1")
-    network = Network(dead=["1.1.1.1"])
-    client = pinned.client(STRICT, resolver=pinned.Resolver(Names(answers=[["1.1.1.1"]])), network=network)
-    with pytest.raises(httpx.ConnectError):
-        await client.get("https://hooks.example/")
-    await client.aclose()
-    assert network.tried == [("1.1.1.1", 443)]

@@ -242,6 +242,32 @@ async def test_tls_is_checked_against_the_name_though_the_connection_goes_to_the
     assert seen == ["hooks.example"]
 
 
+async def test_one_handshake_carries_the_webhooks_of_one_owner(certificate: Certificate) -> None:
+    handshakes: list[str] = []
+    context = server_side(certificate)
+    context.sni_callback = lambda _, name, __: handshakes.append(name)
+
+    async def answering(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await head(reader)
+            await reader.readexactly(2)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    trusted = ssl.create_default_context(cafile=certificate.crt)
+    async with (
+        serving(answering, context) as port,
+        names(loopback) as resolver,
+        webhook.Sender(PRIVATE, resolver=resolver, ssl_context=trusted) as sender,
+    ):
+        for owner in ("a", "a", "b", "a"):
+            receipt = await sender.post(
+                f"https://hooks.example:{port}/{owner}",
+                webhook_id="id", body=b"{}", traceparent=None, timestamp_seconds=1, owner=owner,
+            )  # fmt: skip
+            assert receipt.outcome is Outcome.SUCCESS
+    assert handshakes == ["hooks.example"] * 2
+
+
 async def test_plain_http_behind_https_is_a_tls_error() -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)

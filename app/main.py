@@ -16,7 +16,7 @@ from app.core.config import Settings
 from app.core.stopping import stop
 from app.db import Database
 from app.publisher import Publisher
-from app.routers import health, problems, tasks
+from app.routers import health, problems, tasks, webhooks
 from app.routers.state import State
 from app.utils.guard import EgressRules
 
@@ -56,6 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     api.include_router(tasks.router)
+    api.include_router(webhooks.router)
     api.include_router(health.router)
     problems.install(api)
     telemetry.instrument_api(api, settings)

@@ -2,7 +2,7 @@
 
 A row of `task` is the task: its arguments, its budgets and its end. Redis holds
 at most a hint to it. A row of `webhook_delivery` is one event that somebody
-is to hear of.
+is to hear of, and one of `webhook_attempt` a try to tell them.
 """
 
 from datetime import datetime
@@ -192,3 +192,25 @@ class WebhookDelivery(SQLModel, table=True):
     last_status_code: int | None = Field(default=None, sa_column=Column(SmallInteger))
     last_error: str | None = Field(default=None, sa_column=Column(Text))
     """Why the newest attempt failed, one of the words of `utils.webhook`."""
+
+
+class WebhookAttempt(SQLModel, table=True):
+    """One POST of a delivery, and what came of it. It goes with its delivery, and that with its task."""
+
+    __tablename__ = "webhook_attempt"
+    __table_args__ = (
+        CheckConstraint("octet_length(excerpt) <= 4096", name="attempt_excerpt_length"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    delivery_id: UUID = Field(
+        sa_column=Column(ForeignKey("webhook_delivery.id", ondelete="CASCADE"), primary_key=True, nullable=False)
+    )
+    number: int = Field(sa_column=Column(SmallInteger, primary_key=True, autoincrement=False, nullable=False))
+    """The delivery's `attempt` at that time."""
+    started_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    duration_seconds: float = Field(sa_column=Column(Float, nullable=False))
+    status_code: int | None = Field(default=None, sa_column=Column(SmallInteger))
+    error: str | None = Field(default=None, sa_column=Column(Text))
+    excerpt: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """The beginning of an answer other than 2xx."""

@@ -130,15 +130,58 @@ class ProgressRead(BaseModel):
     message: str | None
 
 
+def shown_url(url: str) -> str:
+    """A webhook's URL as it is shown: what follows the path often holds a token, and is left out."""
+    path, asked, _ = url.partition("?")
+    return f"{path}?…" if asked else path
+
+
 class WebhookRead(BaseModel):
     """What became of the task's webhook."""
 
-    url: str
+    url: str = Field(description="Without its query, which may hold a token.")
     status: str | None = Field(
         description="`pending`, `delivering`, `delivered` or `exhausted`; null until there is an event to tell."
     )
     attempt: int = Field(description="Requests made so far.")
     next_at: datetime | None = Field(description="When the next one is due, if one is.")
+
+
+class WebhookState(BaseModel):
+    """How far the newest webhook of a task has come. Until there is an event to tell, most of it is null."""
+
+    task_id: UUID
+    url: str = Field(description="Without its query, which may hold a token.")
+    webhook_id: UUID | None = Field(None, description="The `webhook-id` of every attempt.")
+    event: str | None = Field(None, description="Such as `task.succeeded`.")
+    sequence: int | None = Field(None, description="Its place among the events of the task.")
+    status: str | None = Field(None, description="`pending`, `delivering`, `delivered` or `exhausted`.")
+    attempt: int = Field(0, description="Requests made so far, one under way included.")
+    next_at: datetime | None = Field(None, description="When the next one is due, if one is.")
+    delivered_at: datetime | None = None
+    last_status_code: int | None = Field(None, description="What the receiver answered last, if it answered.")
+    last_error: str | None = Field(None, description="Why the newest attempt failed; null if it did not.")
+
+
+class AttemptRead(BaseModel):
+    """One POST to the receiver, and what came of it."""
+
+    webhook_id: UUID
+    event: str
+    sequence: int
+    number: int = Field(description="Which attempt of its webhook; a gap is one whose sender died in the middle.")
+    started_at: datetime
+    duration_seconds: float
+    status_code: int | None = Field(description="What was answered, if anything was.")
+    error: str | None = Field(description="Why it failed, such as `timeout` or `http_5xx`; null if it did not.")
+    excerpt: str = Field(description="The first 4 KiB of an answer other than 2xx.")
+
+
+class AttemptPage(BaseModel):
+    """Some of the attempts, and where the next begin."""
+
+    data: list[AttemptRead]
+    next_cursor: str | None
 
 
 class TaskRead(BaseModel):

@@ -10,6 +10,7 @@
     └── RequestError              the caller's fault, rendered as a problem (RFC 9457)
         ├── MalformedBody         400
         ├── TaskNotFound          404
+        ├── NoWebhook             404
         ├── TaskEnded             409
         ├── ResultExpired         410
         ├── PayloadTooLarge       413
@@ -105,6 +106,15 @@ class TaskNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__("No task has this id")
+
+
+class NoWebhook(RequestError):
+    """The task is there, and nobody is to hear of it."""
+
+    status, slug, title = 404, "no-webhook", "No webhook"
+
+    def __init__(self) -> None:
+        super().__init__("The task was submitted without a webhook_url")
 
 
 class TaskEnded(RequestError):

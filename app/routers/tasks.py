@@ -73,7 +73,7 @@ async def read_status(task_id: TaskId, state: Resources) -> schemas.StatusRead:
     """Where the task is in its life."""
     found = await lifecycle.status(state["db"], task_id)
     if found is None:
-        raise await _absent(task_id, state)
+        raise await absent(task_id, state)
     return schemas.StatusRead(status=found)
 
 
@@ -86,7 +86,7 @@ async def read_result(task_id: TaskId, state: Resources) -> Response:
     """How the task ended: its result, or null and why."""
     found = await lifecycle.result(state["db"], task_id)
     if found is None:
-        raise await _absent(task_id, state)
+        raise await absent(task_id, state)
     _, ended = found
     if ended is None:
         not_ready = schemas.NotReady().model_dump()
@@ -102,7 +102,7 @@ async def read_task(task_id: TaskId, state: Resources) -> schemas.TaskRead:
     """Everything known about the task but its arguments and its result."""
     found = await lifecycle.view(state["db"], task_id)
     if found is None:
-        raise await _absent(task_id, state)
+        raise await absent(task_id, state)
     return _task_read(found)
 
 
@@ -123,14 +123,14 @@ async def _cancelled_before(task_id: UUID, state: State) -> schemas.StatusRead:
     """The answer for a task that no cancel could reach. Raises TaskEnded if another end came first."""
     found = await lifecycle.result(state["db"], task_id)
     if found is None:
-        raise await _absent(task_id, state)
+        raise await absent(task_id, state)
     status, ended = found
     if ended is None or ended.error is None or ended.error.type != "Cancelled":
         raise errors.TaskEnded
     return schemas.StatusRead(status=status)
 
 
-async def _absent(task_id: UUID, state: State) -> errors.RequestError:
+async def absent(task_id: UUID, state: State) -> errors.RequestError:
     """Why there is no such task: it is past its retention, or was never there."""
     return errors.ResultExpired() if await lifecycle.was_pruned(state["db"], task_id) else errors.TaskNotFound()
 
@@ -203,7 +203,7 @@ def _task_read(found: lifecycle.TaskView) -> schemas.TaskRead:
     webhook = None
     if found.webhook_url is not None:
         webhook = schemas.WebhookRead(
-            url=found.webhook_url,
+            url=schemas.shown_url(found.webhook_url),
             status=found.webhook_status,
             attempt=found.webhook_attempt or 0,
             next_at=found.webhook_next_at if found.webhook_status == "pending" else None,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.core.fields import field_errors
-from app.schemas import SubmitRequest
+from app.schemas import SubmitRequest, shown_url
 
 SOON = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
 
@@ -89,3 +89,15 @@ def test_all_faults_are_named_at_once() -> None:
 
 def test_the_faults_of_one_answer_are_bounded() -> None:
     assert len(pointers(**{f"field{number}": 1 for number in range(500)})) == 20
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://example.com/hook", "https://example.com/hook"),
+        ("https://example.com:8443/hook?token=x&y=1", "https://example.com:8443/hook?…"),
+        ("https://example.com/?", "https://example.com/?…"),
+    ],
+)
+def test_the_query_of_a_url_is_not_shown(url: str, shown: str) -> None:
+    assert shown_url(url) == shown

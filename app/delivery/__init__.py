@@ -1,0 +1,38 @@
+"""The webhook outbox: who is to hear of what, and how far that has come.
+
+    (a task ends) ──intend──▶ pending ──claim_due──▶ delivering ──settle──▶ delivered | exhausted
+                                 ▲                     │  │
+                                 └──── next attempt ───┘  └── lease ran out: claimed again
+
+The row is written by the very statement that ends the task, so an event is
+neither lost nor invented. A relay claims what is due, sends without a
+transaction open, and settles by the receipt. Claim and settle are fenced by a
+random token, as those of a task are: a relay that was presumed dead changes
+nothing. Its POST may have arrived all the same, so delivery is at least once,
+under one id.
+"""
+
+from app.delivery.events import body, intend
+from app.delivery.outbox import EXCERPT_BYTES, Claimed, claim_due, count_due, release, settle
+from app.delivery.reads import Attempt, State, attempts, state_of
+from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide
+
+__all__ = [
+    "EXCERPT_BYTES",
+    "GONE",
+    "HOPELESS",
+    "REST_SECONDS",
+    "Attempt",
+    "Claimed",
+    "State",
+    "Verdict",
+    "attempts",
+    "body",
+    "claim_due",
+    "count_due",
+    "decide",
+    "intend",
+    "release",
+    "settle",
+    "state_of",
+]

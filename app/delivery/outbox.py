@@ -1,0 +1,155 @@
+"""The statements that move a delivery: claimed by a relay, settled by a receipt, or handed back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+from app.db import Database
+from app.delivery.rules import Verdict
+from app.utils.webhook import Outcome, Receipt
+
+EXCERPT_BYTES = 4096
+"""What is kept of an answer, as UTF-8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A delivery that this relay may attempt until its lease runs out.
+
+    Attributes:
+        id: the `webhook-id`, the same for every attempt.
+        attempt: which attempt this is, 1 for the first.
+        token: fences `settle`.
+        claimed_at: Postgres's clock, for the `webhook-timestamp`.
+        traceparent: of the submit.
+        task_attempt: how many claims the task had.
+        result: JSON text as it is stored, for a task that succeeded.
+    """
+
+    id: UUID
+    task_id: UUID
+    url: str
+    event: str
+    sequence: int
+    attempt: int
+    token: UUID
+    claimed_at: datetime
+    traceparent: str | None
+    task: str
+    status: str
+    task_attempt: int
+    result: str | None
+    error_type: str | None
+    error_message: str | None
+    created_at: datetime
+    finished_at: datetime
+
+
+# Two searches, so that each walks its own partial index in order and stops at the limit.
+_CLAIM_DUE = """
+WITH orphaned AS (
+    SELECT id FROM webhook_delivery
+     WHERE status = 'delivering' AND lease_until < now()
+     ORDER BY lease_until LIMIT $1 FOR UPDATE SKIP LOCKED
+), due AS (
+    SELECT id FROM webhook_delivery
+     WHERE status = 'pending' AND next_at <= now()
+     ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
+), chosen AS (
+    SELECT id FROM orphaned UNION ALL SELECT id FROM due LIMIT $1
+)
+UPDATE webhook_delivery d
+   SET status = 'delivering', attempt = d.attempt + 1, token = gen_random_uuid(),
+       lease_until = now() + make_interval(secs => $2)
+  FROM chosen, task t
+ WHERE d.id = chosen.id AND t.id = d.task_id
+RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt, d.token, now() AS claimed_at,
+          t.traceparent, t.name AS task, t.status, t.attempt AS task_attempt, t.result::text AS result,
+          t.error_type, t.error_message, t.created_at, t.finished_at
+"""
+
+
+async def claim_due(db: Database, *, limit: int, lease_seconds: float) -> list[Claimed]:
+    """Claim deliveries that are due, and those whose relay let its lease run out, up to `limit`.
+
+    Any number of relays may do so at once: none waits for another, none gets what
+    another has. A lease must outlast the deadline of the POST.
+    """
+    rows = await db.fetch(_CLAIM_DUE, limit, lease_seconds)
+    return [Claimed(**dict(row)) for row in rows]
+
+
+# The attempt is written by the statement that settles it: none is kept that did not count, none counts unseen.
+_SETTLE = """
+WITH settled AS (
+    UPDATE webhook_delivery
+       SET status = $3, lease_until = NULL, token = NULL,
+           next_at = CASE WHEN $3 = 'pending' THEN now() + make_interval(secs => $4) ELSE next_at END,
+           delivered_at = CASE WHEN $3 = 'delivered' THEN now() END,
+           last_status_code = $5, last_error = $6
+     WHERE id = $1 AND token = $2 AND lease_until IS NOT NULL
+    RETURNING id, attempt
+)
+INSERT INTO webhook_attempt (delivery_id, number, started_at, duration_seconds, status_code, error, excerpt)
+SELECT id, attempt, $7, $8, $5, $6, $9 FROM settled
+RETURNING true
+"""
+
+
+async def settle(db: Database, claimed: Claimed, receipt: Receipt, verdict: Verdict) -> bool:
+    """Write what became of an attempt, if it is still this relay's.
+
+    Returns:
+        False if it was superseded: its lease ran out and another relay has it or had it.
+    """
+    error = None if receipt.outcome is Outcome.SUCCESS else receipt.outcome.value
+    settled = await db.fetchval(
+        _SETTLE,
+        claimed.id,
+        claimed.token,
+        verdict.status.value,
+        verdict.wait_seconds,
+        receipt.status_code,
+        error,
+        claimed.claimed_at,
+        receipt.duration_seconds,
+        _kept(receipt.excerpt),
+    )
+    return settled is not None
+
+
+def _kept(excerpt: str) -> str:
+    """An excerpt as Postgres can hold it: no NUL, no lone surrogate, and no more than its share of bytes."""
+    raw = excerpt.replace("\x00", "").encode("utf-8", "replace")[:EXCERPT_BYTES]
+    return raw.decode("utf-8", "ignore")
+
+
+_RELEASE = """
+UPDATE webhook_delivery d
+   SET status = 'pending', attempt = d.attempt - 1, lease_until = NULL, token = NULL
+  FROM unnest($1::uuid[], $2::uuid[]) AS held (id, token)
+ WHERE d.id = held.id AND d.token = held.token AND d.lease_until IS NOT NULL
+RETURNING d.id
+"""
+
+
+async def release(db: Database, claimed: Sequence[Claimed]) -> int:
+    """Hand back what this relay claimed and did not send, as when it stops: no attempt is spent.
+
+    Returns:
+        How many were still its own.
+    """
+    rows = await db.fetch(_RELEASE, [one.id for one in claimed], [one.token for one in claimed])
+    return len(rows)
+
+
+_COUNT_DUE = """
+SELECT (SELECT count(*) FROM webhook_delivery WHERE status = 'pending' AND next_at <= now())
+     + (SELECT count(*) FROM webhook_delivery WHERE status = 'delivering' AND lease_until < now())
+"""
+
+
+async def count_due(db: Database) -> int:
+    """How many deliveries could be claimed now."""
+    return int(await db.fetchval(_COUNT_DUE))

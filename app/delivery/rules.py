@@ -1,0 +1,51 @@
+"""What an attempt means for its delivery: one pure function, and no I/O."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.core import backoff
+from app.core.statuses import DeliveryStatus
+from app.utils import webhook
+from app.utils.webhook import Outcome, Receipt
+
+REST_SECONDS = 60.0
+"""The least wait after a 429 or a timeout: a limit per minute would only be met again sooner."""
+GONE = 410
+HOPELESS = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL})
+"""What no second attempt changes; the user has to."""
+_WEARY = frozenset({Outcome.HTTP_429, Outcome.TIMEOUT})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an attempt means for its delivery.
+
+    Attributes:
+        status: delivered, exhausted, or pending for another attempt.
+        wait_seconds: until that attempt; 0 if there is none.
+    """
+
+    status: DeliveryStatus
+    wait_seconds: float = 0.0
+
+
+def decide(attempt: int, receipt: Receipt, schedule: Sequence[float]) -> Verdict:
+    """What to do after an attempt (Standard Webhooks, "Deliverability and reliability").
+
+    Any 2xx delivers. A 410 ends it, as do a blocked address and a URL that is
+    none. Everything else is tried again while the schedule lasts, and
+    `Retry-After` can only lengthen the wait.
+
+    Args:
+        attempt: which attempt the receipt is of, 1 for the first.
+        receipt: what happened.
+        schedule: seconds before each attempt, the first included.
+    """
+    if receipt.outcome is Outcome.SUCCESS:
+        return Verdict(DeliveryStatus.DELIVERED)
+    wait = backoff.scheduled_wait(schedule, attempt)
+    if receipt.outcome in HOPELESS or receipt.status_code == GONE or wait is None:
+        return Verdict(DeliveryStatus.EXHAUSTED)
+    asked = min(receipt.retry_after_seconds or 0.0, webhook.RETRY_AFTER_LIMIT_SECONDS)
+    rest = REST_SECONDS if receipt.outcome in _WEARY else 0.0
+    return Verdict(DeliveryStatus.PENDING, max(wait, asked, rest))

@@ -169,6 +169,7 @@ class WebhookDelivery(SQLModel, table=True):
         CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivery_dated"),
         Index("webhook_delivery_event", "task_id", "sequence", unique=True),
         Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
+        Index("webhook_delivery_created", "created_at", "id"),
         Index("webhook_delivery_leased", "lease_until", postgresql_where=text("status = 'delivering'")),
         # As for tasks: what was sent must not lie for long before what is due.
         {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
@@ -184,6 +185,9 @@ class WebhookDelivery(SQLModel, table=True):
         default=DeliveryStatus.PENDING, sa_column=Column(Text, nullable=False, server_default=text("'pending'"))
     )
     attempt: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Counts claims; one that was handed back is given back."""
+    earlier_attempts: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
+    """Attempts made before the schedule began anew."""
     token: UUID | None = Field(default=None, sa_column=Column(Uuid))
     lease_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     next_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))

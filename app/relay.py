@@ -251,7 +251,7 @@ class Relay:
             traceparent=claimed.traceparent,
             timestamp_seconds=int(claimed.claimed_at.timestamp()),
         )
-        verdict = delivery.decide(claimed.attempt, receipt, self.settings.webhook_schedule)
+        verdict = delivery.decide(claimed.scheduled_attempt, receipt, self.settings.webhook_schedule)
         # If Postgres stays away for longer, the receiver hears of it again, under the same id.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DELIVERY_LEASE_SECONDS):

@@ -2,7 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
@@ -182,6 +182,34 @@ class AttemptPage(BaseModel):
 
     data: list[AttemptRead]
     next_cursor: str | None
+
+
+class RedeliverRequest(BaseModel):
+    """Which webhooks to send again."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"examples": [{"since": "2030-01-31T12:00:00Z", "until": "2030-02-07T12:00:00Z"}]},
+    )
+
+    since: Moment = Field(description="Events of this time and later.")
+    until: Moment | None = Field(None, description="And before this time.")
+    state: Literal["undelivered", "exhausted", "delivered"] = Field(
+        "undelivered",
+        description="`exhausted`, `delivered`, or `undelivered`: exhausted, and those that wait for another attempt.",
+    )
+    cursor: str | None = Field(
+        None, pattern=r"^[0-9]{1,16}\.[0-9a-f]{32}$", description="The `next_cursor` of the answer before."
+    )
+
+
+class Redelivered(BaseModel):
+    """How many webhooks are due again, and where to go on."""
+
+    redelivered: int
+    next_cursor: str | None = Field(description="Ask again with it; null if all were looked at.")
 
 
 class TaskRead(BaseModel):

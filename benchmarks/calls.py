@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -177,12 +178,21 @@ async def _webhooks(side: Side, operations: int) -> Calls:
                     delivery.Verdict(DeliveryStatus.DELIVERED),
                 ),
             )
+    since = await lifecycle.clock(db) - timedelta(days=365)
+    for _ in range(_some(operations, 20)):
+        yield "redeliver, 10 looked at", lambda: _redeliver(db, since)
     for _ in range(_some(operations, 20)):
         yield "claim_due, none", lambda: delivery.claim_due(db, limit=100, lease_seconds=60.0)
 
 
 async def _claim_due(side: Side) -> None:
     side.deliveries = await delivery.claim_due(side.db, limit=20, lease_seconds=60.0)
+
+
+async def _redeliver(db: Database, since: datetime) -> None:
+    await delivery.redeliver_batch(
+        db, since=since, until=None, statuses=(DeliveryStatus.EXHAUSTED,), after=None, limit=10
+    )
 
 
 async def _reads(side: Side, operations: int) -> Calls:

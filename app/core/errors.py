@@ -12,6 +12,7 @@
         ├── TaskNotFound          404
         ├── NoWebhook             404
         ├── TaskEnded             409
+        ├── WebhookNotDue         409
         ├── ResultExpired         410
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
@@ -124,6 +125,12 @@ class TaskEnded(RequestError):
 
     def __init__(self) -> None:
         super().__init__("The task has ended")
+
+
+class WebhookNotDue(RequestError):
+    """The webhook can't be sent again now: it is being sent, or there is no event to tell yet."""
+
+    status, slug, title = 409, "webhook-not-due", "Webhook not due"
 
 
 class ResultExpired(RequestError):

@@ -15,6 +15,7 @@ under one id.
 from app.delivery.events import body, intend
 from app.delivery.outbox import EXCERPT_BYTES, Claimed, claim_due, count_due, release, settle
 from app.delivery.reads import Attempt, State, attempts, state_of
+from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
 from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "HOPELESS",
     "REST_SECONDS",
     "Attempt",
+    "Batch",
     "Claimed",
+    "Mark",
+    "Redelivery",
     "State",
     "Verdict",
     "attempts",
@@ -32,6 +36,8 @@ __all__ = [
     "count_due",
     "decide",
     "intend",
+    "redeliver",
+    "redeliver_batch",
     "release",
     "settle",
     "state_of",

@@ -20,6 +20,7 @@ class Claimed:
     Attributes:
         id: the `webhook-id`, the same for every attempt.
         attempt: which attempt this is, 1 for the first.
+        scheduled_attempt: which one since the schedule began, or began anew.
         token: fences `settle`.
         claimed_at: Postgres's clock, for the `webhook-timestamp`.
         traceparent: of the submit.
@@ -33,6 +34,7 @@ class Claimed:
     event: str
     sequence: int
     attempt: int
+    scheduled_attempt: int
     token: UUID
     claimed_at: datetime
     traceparent: str | None
@@ -64,7 +66,8 @@ UPDATE webhook_delivery d
        lease_until = now() + make_interval(secs => $2)
   FROM chosen, task t
  WHERE d.id = chosen.id AND t.id = d.task_id
-RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt, d.token, now() AS claimed_at,
+RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt,
+          d.attempt - d.earlier_attempts AS scheduled_attempt, d.token, now() AS claimed_at,
           t.traceparent, t.name AS task, t.status, t.attempt AS task_attempt, t.result::text AS result,
           t.error_type, t.error_message, t.created_at, t.finished_at
 """

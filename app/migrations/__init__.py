@@ -19,7 +19,7 @@ from alembic.script import Script, ScriptDirectory
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from app.core import errors
@@ -128,9 +128,7 @@ async def _run(settings: Settings, revision: str) -> None:
     engine = create_async_engine(settings.sqlalchemy_url, poolclass=NullPool)
     try:
         async with engine.connect() as connection:
-            # The lock belongs to the session, so it is let go even if this process is killed.
-            await connection.execute(text(f"SET statement_timeout = '{WAIT_FOR_OTHERS_SECONDS}s'"))
-            await connection.execute(text(f"SELECT pg_advisory_lock({ADVISORY_LOCK})"))
+            await _wait_for_turn(connection)
             await connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'"))
             await connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT_SECONDS}s'"))
             await connection.commit()
@@ -138,6 +136,21 @@ async def _run(settings: Settings, revision: str) -> None:
             await connection.commit()
     finally:
         await engine.dispose()
+
+
+async def _wait_for_turn(connection: AsyncConnection) -> None:
+    """Take the advisory lock. It belongs to the session, so it is let go even if this process is killed.
+
+    Asked again and again, without a statement that waits: an index that is made CONCURRENTLY waits for every
+    statement that was there before, and this one would wait for it.
+
+    Raises:
+        TimeoutError: if somebody else has migrated for `WAIT_FOR_OTHERS_SECONDS`.
+    """
+    async with asyncio.timeout(WAIT_FOR_OTHERS_SECONDS):
+        while not (await connection.execute(text(f"SELECT pg_try_advisory_lock({ADVISORY_LOCK})"))).scalar():
+            await connection.rollback()
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
 
 def _move(connection: Connection, revision: str) -> None:
@@ -149,4 +162,6 @@ def _move(connection: Connection, revision: str) -> None:
     if not down and known is not None and known not in {one.revision for one in script.walk_revisions()}:
         log.warning("the database is at a newer revision (%s) than this release; nothing to do", known)
         return
+    # Without a transaction of ours, Alembic has one for each revision, and can leave it for what needs none.
+    connection.rollback()
     (command.downgrade if down else command.upgrade)(config, revision)

@@ -11,13 +11,15 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from app.core import errors
 from app.core.errors import FieldError
+from app.core.fields import field_errors
 
 SIZE_LIMIT_BYTES = 1024 * 1024
 DEPTH_LIMIT = 32
@@ -31,6 +33,7 @@ _JSON_TYPE = re.compile(r"application/(json|[a-z0-9!#$&^_.+-]+\+json)", re.IGNOR
 _CHARSET = re.compile(r"""charset\s*=\s*(utf-8|"utf-8")""", re.IGNORECASE)
 
 Place = tuple[str | int, ...]
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,20 @@ async def read(request: Request) -> Body:
     if not isinstance(value, dict):
         raise errors.ValidationFailed([FieldError("", "The body must be a JSON object")])
     return Body(text, value)
+
+
+async def wanted(request: Request, model: type[M]) -> M:
+    """The body of a request as one of the `schemas`.
+
+    Raises:
+        ValidationFailed: naming each field at fault; and whatever `read` raises.
+    """
+    posted = await read(request)
+    try:
+        return model.model_validate_json(posted.text)
+    except ValidationError as invalid:
+        findings = invalid.errors(include_url=False, include_context=False, include_input=False)
+        raise errors.ValidationFailed(field_errors(findings, posted.value)) from None
 
 
 async def _received(request: Request) -> bytes:

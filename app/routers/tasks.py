@@ -7,12 +7,10 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
 from app import catalog, lifecycle, schemas
 from app.core import errors, ids, metrics, telemetry
 from app.core.errors import FieldError
-from app.core.fields import field_errors
 from app.core.statuses import TaskStatus
 from app.routers import body, problems
 from app.routers.state import Resources, State
@@ -55,7 +53,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 async def submit(request: Request, response: Response, state: Resources) -> schemas.TaskCreated:
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""
     with metrics.counting_rejections():
-        wanted = _wanted(await body.read(request))
+        wanted = await body.wanted(request, schemas.SubmitRequest)
         new = _new_task(wanted, state, traceparent=telemetry.current_traceparent(request.headers))
         publisher, backlog = state["publisher"], state["backlog"]
         backlog.admit()
@@ -133,14 +131,6 @@ async def _cancelled_before(task_id: UUID, state: State) -> schemas.StatusRead:
 async def absent(task_id: UUID, state: State) -> errors.RequestError:
     """Why there is no such task: it is past its retention, or was never there."""
     return errors.ResultExpired() if await lifecycle.was_pruned(state["db"], task_id) else errors.TaskNotFound()
-
-
-def _wanted(posted: body.Body) -> schemas.SubmitRequest:
-    try:
-        return schemas.SubmitRequest.model_validate_json(posted.text)
-    except ValidationError as invalid:
-        findings = invalid.errors(include_url=False, include_context=False, include_input=False)
-        raise errors.ValidationFailed(field_errors(findings, posted.value)) from None
 
 
 def _new_task(wanted: schemas.SubmitRequest, state: State, *, traceparent: str) -> lifecycle.NewTask:

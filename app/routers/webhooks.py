@@ -1,18 +1,36 @@
-"""What became of a task's webhook: how far it has come, and every attempt."""
+"""What became of a task's webhook: how far it has come, every attempt, and sending it again."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 
 from app import delivery, lifecycle, schemas
 from app.core import errors
-from app.routers import problems
+from app.core.statuses import DeliveryStatus
+from app.routers import body, problems
 from app.routers.state import Resources, State
 from app.routers.tasks import ONE, PATH, TaskId, absent
 
 PAGE = 50
 
+STEP = 1000
+"""Webhooks that one statement looks at."""
+STEPS = 10
+"""Such statements of one request."""
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_STATES = {
+    "undelivered": (DeliveryStatus.EXHAUSTED, DeliveryStatus.PENDING),
+    "exhausted": (DeliveryStatus.EXHAUSTED,),
+    "delivered": (DeliveryStatus.DELIVERED,),
+}
+_REDELIVER_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": schemas.RedeliverRequest.model_json_schema()}},
+    }
+}
 WEBHOOK = f"{PATH}{ONE}/webhook"
 
 router = APIRouter(tags=["webhooks"])
@@ -42,6 +60,50 @@ async def read_attempts(
     page = found[:limit]
     more = f"{page[-1].sequence}.{page[-1].number}" if len(found) > limit else None
     return schemas.AttemptPage(data=[_attempt(one) for one in page], next_cursor=more)
+
+
+@router.post(f"{WEBHOOK}/redeliver", status_code=202, responses=problems.responses(404, 409, 410, 422, 503))
+async def redeliver(task_id: TaskId, state: Resources) -> schemas.WebhookState:
+    """Send the newest webhook of the task again, from the start of the schedule. Asking twice is asking once."""
+    url = await _url(task_id, state)
+    became = await delivery.redeliver(state["db"], task_id)
+    if became is delivery.Redelivery.NOTHING:
+        raise errors.WebhookNotDue("There is no event to tell of this task yet")
+    if became is delivery.Redelivery.UNDER_WAY:
+        raise errors.WebhookNotDue("The webhook is being sent at this moment")
+    return _shown(task_id, url, await delivery.state_of(state["db"], task_id))
+
+
+@router.post(
+    "/api/webhooks/redeliver", responses=problems.responses(400, 413, 415, 422, 503), openapi_extra=_REDELIVER_BODY
+)
+async def redeliver_all(request: Request, state: Resources) -> schemas.Redelivered:
+    """Send again what receivers missed between two times. Asking twice sends nothing twice that is not sent yet."""
+    wanted = await body.wanted(request, schemas.RedeliverRequest)
+    place = None if wanted.cursor is None else _mark(wanted.cursor)
+    redelivered = 0
+    for _ in range(STEPS):
+        step = await delivery.redeliver_batch(
+            state["db"],
+            since=wanted.since,
+            until=wanted.until,
+            statuses=_STATES[wanted.state],
+            after=place,
+            limit=STEP,
+        )
+        redelivered, place = redelivered + step.redelivered, step.end
+        if place is None:
+            break
+    return schemas.Redelivered(redelivered=redelivered, next_cursor=None if place is None else _cursor(place))
+
+
+def _mark(cursor: str) -> delivery.Mark:
+    microseconds, _, number = cursor.partition(".")
+    return delivery.Mark(_EPOCH + timedelta(microseconds=int(microseconds)), UUID(hex=number))
+
+
+def _cursor(mark: delivery.Mark) -> str:
+    return f"{(mark.created_at - _EPOCH) // timedelta(microseconds=1)}.{mark.id.hex}"
 
 
 async def _url(task_id: UUID, state: State) -> str:

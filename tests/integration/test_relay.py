@@ -10,7 +10,7 @@ import pytest
 import redis.asyncio
 from standardwebhooks import Webhook
 
-from app import broker, lifecycle
+from app import broker, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
 from app.core import errors, ids, stopping
@@ -314,6 +314,19 @@ async def test_a_receiver_that_never_answers_well_exhausts_the_schedule_and_chan
     view = await lifecycle.view(db, task_id)
     assert view is not None
     assert (view.webhook_status, view.status) == ("exhausted", "SUCCESS")
+
+
+async def test_a_webhook_that_is_sent_again_has_the_whole_schedule_before_it(relay: Relay, db: Database) -> None:
+    with Receiver([500, 500, 500, 500, 500, 200]) as receiver:
+        task_id = await ended(db, receiver.url)
+        await until(lambda: delivered(relay, task_id), what="the end of the schedule")
+        assert await delivery.redeliver(db, task_id) is delivery.Redelivery.DUE
+        await until(lambda: delivered(relay, task_id), what="the delivery")
+        requests = receiver.requests
+
+    assert len(requests) == 6
+    assert len({(request.headers["webhook-id"], request.body) for request in requests}) == 1
+    assert [one.error for one in await delivery.attempts(db, task_id, limit=10)] == ["http_5xx"] * 5 + [None]
 
 
 async def test_tasks_in_a_queue_that_nobody_looks_after_are_reported_once(

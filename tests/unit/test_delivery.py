@@ -28,6 +28,7 @@ def claimed(**changes: Any) -> delivery.Claimed:
         "event": "task.succeeded",
         "sequence": 1,
         "attempt": 1,
+        "scheduled_attempt": 1,
         "token": UUID(int=3),
         "claimed_at": datetime(2026, 1, 31, 12, 0, 9, tzinfo=timezone.utc),  # noqa: UP017
         "traceparent": None,

@@ -9,6 +9,7 @@ import pytest
 from app import delivery, lifecycle
 from app.core.statuses import DeliveryStatus
 from app.db import Database
+from app.routers import webhooks
 from app.utils.webhook import Outcome, Receipt
 from tests.integration.routers.test_tasks import assert_problem, ended, submitted
 
@@ -130,3 +131,110 @@ async def test_a_wrong_question_about_attempts_names_its_part(
     task_id = await told(db)
     assert_problem(await api.get(f"/api/tasks/{task_id}/webhook/attempts?{query}"), 422, pointer)
     assert (await api.get(f"/api/tasks/{task_id}/webhook/attempts?cursor=999999999.99999")).json()["data"] == []
+
+
+async def ask_again(api: httpx.AsyncClient, task_id: UUID) -> dict[str, Any]:
+    answer = await api.post(f"/api/tasks/{task_id}/webhook/redeliver")
+    assert answer.status_code == 202, answer.text
+    state: dict[str, Any] = answer.json()
+    return state
+
+
+@pytest.mark.parametrize(("receipt", "verdict"), [(OK, DELIVERED), (BROKEN, EXHAUSTED), (BROKEN, LATER)])
+async def test_a_webhook_is_sent_again_under_its_id_from_the_start_of_the_schedule(
+    api: httpx.AsyncClient, db: Database, receipt: Receipt, verdict: delivery.Verdict
+) -> None:
+    task_id = await told(db)
+    first = await attempted(db, receipt, verdict)
+    for _ in range(2):
+        state = await ask_again(api, task_id)
+        assert (state["status"], state["attempt"], state["delivered_at"]) == ("pending", 1, None)
+    [claimed] = await delivery.claim_due(db, limit=10, lease_seconds=30.0)
+    assert (claimed.id, claimed.attempt, claimed.scheduled_attempt) == (first.id, 2, 1)
+    assert delivery.body(claimed, "full") == delivery.body(first, "full")
+    await delivery.settle(db, claimed, OK, DELIVERED)
+    assert [one.number for one in await delivery.attempts(db, task_id, limit=10)] == [1, 2]
+
+
+async def test_a_webhook_that_is_being_sent_or_has_nothing_to_tell_is_not_sent_again(
+    api: httpx.AsyncClient, db: Database
+) -> None:
+    task_id = await told(db)
+    await delivery.claim_due(db, limit=10, lease_seconds=30.0)
+    waiting = await submitted(api, webhook_url=HOOK)
+    for one in (task_id, waiting):
+        problem = assert_problem(await api.post(f"/api/tasks/{one}/webhook/redeliver"), 409)
+        assert problem["type"] == "/problems/webhook-not-due"
+    assert (await state_of(api, task_id))["status"] == "delivering"
+    assert_problem(await api.post(f"/api/tasks/{uuid4()}/webhook/redeliver"), 404)
+
+
+async def all_again(api: httpx.AsyncClient, **fields: Any) -> tuple[int, str | None]:
+    answer = await api.post("/api/webhooks/redeliver", json={"since": "2020-01-01T00:00:00Z", **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["redelivered"], answer.json()["next_cursor"]
+
+
+async def test_what_receivers_missed_is_sent_again_and_only_that(api: httpx.AsyncClient, db: Database) -> None:
+    for receipt, verdict in ((OK, DELIVERED), (BROKEN, EXHAUSTED), (BROKEN, EXHAUSTED), (BROKEN, LATER)):
+        await told(db)
+        await attempted(db, receipt, verdict)
+    await told(db)
+    [under_way] = await delivery.claim_due(db, limit=10, lease_seconds=30.0)
+    await told(db)
+
+    assert await all_again(api, state="exhausted") == (2, None)
+    assert await all_again(api) == (1, None), "the one that waits; the others are due already"
+    assert await all_again(api) == (0, None)
+    assert await all_again(api, state="delivered") == (1, None)
+    assert await delivery.count_due(db) == 5
+    assert await db.fetchval("SELECT status FROM webhook_delivery WHERE id = $1", under_way.id) == "delivering"
+
+
+async def test_only_events_between_the_two_times_are_sent_again(api: httpx.AsyncClient, db: Database) -> None:
+    for day in range(1, 6):
+        task_id = await told(db)
+        await attempted(db, BROKEN, EXHAUSTED)
+        moment = f"2026-01-0{day}T00:00:00Z"
+        await db.execute(
+            "UPDATE webhook_delivery SET created_at = $2::text::timestamptz WHERE task_id = $1", task_id, moment
+        )
+    sent = await all_again(api, since="2026-01-02T00:00:00Z", until="2026-01-04T00:00:00Z")
+    assert sent == (2, None)
+
+
+async def test_many_are_sent_again_in_batches_however_alike_their_times(
+    api: httpx.AsyncClient, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "STEP", 2)
+    monkeypatch.setattr(webhooks, "STEPS", 2)
+    for _ in range(10):
+        await told(db)
+        await attempted(db, BROKEN, EXHAUSTED)
+    await db.execute("UPDATE webhook_delivery SET created_at = now()")
+
+    counts, cursor = [], None
+    while True:
+        count, cursor = await all_again(api, cursor=cursor)
+        counts.append(count)
+        if cursor is None:
+            break
+    assert counts == [4, 4, 2]
+    assert await delivery.count_due(db) == 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer"),
+    [
+        ({}, "/since"),
+        ({"since": "yesterday"}, "/since"),
+        ({"since": "2020-01-01T00:00:00Z", "until": 5}, "/until"),
+        ({"since": "2020-01-01T00:00:00Z", "state": "delivering"}, "/state"),
+        ({"since": "2020-01-01T00:00:00Z", "cursor": "x"}, "/cursor"),
+        ({"since": "2020-01-01T00:00:00Z", "surprise": 1}, "/surprise"),
+    ],
+)
+async def test_a_wrong_wish_to_send_again_names_its_field(
+    api: httpx.AsyncClient, fields: dict[str, Any], pointer: str
+) -> None:
+    assert_problem(await api.post("/api/webhooks/redeliver", json=fields), 422, pointer)

@@ -1,0 +1,33 @@
+"""Let webhooks be sent again: where the schedule began anew, and an index to find them by their time.
+
+Revision: 0005, after 0004.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column(
+        "webhook_delivery",
+        sa.Column("earlier_attempts", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+    )
+    with op.get_context().autocommit_block():
+        op.create_index(
+            "webhook_delivery_created",
+            "webhook_delivery",
+            ["created_at", "id"],
+            unique=False,
+            postgresql_concurrently=True,
+            if_not_exists=True,
+        )
+
+
+def downgrade() -> None:
+    op.drop_index("webhook_delivery_created", table_name="webhook_delivery")
+    op.drop_column("webhook_delivery", "earlier_attempts")

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import Field, SQLModel
 
-from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus
+from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus, WebhookEvent
 
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
 """Publish positions: each message's place in line, so that a lost one is missed."""
@@ -64,6 +64,7 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
         CheckConstraint("length(queue) BETWEEN 1 AND 64", name="task_queue_length"),
         CheckConstraint("length(name) BETWEEN 1 AND 255", name="task_name_length"),
         CheckConstraint("length(webhook_url) <= 2048", name="task_webhook_url_length"),
+        CheckConstraint(f"webhook_events <@ ARRAY[{_words(WebhookEvent)}]", name="task_webhook_events_known"),
         CheckConstraint("length(traceparent) <= 64", name="task_traceparent_length"),
         # Waiting rows without a message: held back (with a position), or to be published when due (without).
         Index(
@@ -97,6 +98,10 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     kwargs: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
     tags: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False, server_default=text("'{}'")))
     webhook_url: str | None = Field(default=None, sa_column=Column(Text))
+    webhook_events: list[str] | None = Field(default=None, sa_column=Column(ARRAY(Text)))
+    """What its submitter wants to hear of; NULL: how it ended."""
+    event_sequence: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """How many of its events were told."""
     rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
     """The ended task that this one runs again."""
     traceparent: str | None = Field(default=None, sa_column=Column(Text))
@@ -181,6 +186,10 @@ class WebhookDelivery(SQLModel, table=True):
     sequence: int = Field(sa_column=Column(Integer, nullable=False))
     """Its place among the events of its task, so that a receiver can drop stale ones."""
     url: str = Field(sa_column=Column(Text, nullable=False))
+    facts: str | None = Field(default=None, sa_column=Column(Text))
+    """The JSON of the event without its outcome, as it was when it happened. NULL: written by an earlier release."""
+    outcome: str | None = Field(default=None, sa_column=Column(Text))
+    """The member that says what came of it, as JSON; NULL if nothing has yet."""
     status: DeliveryStatus = Field(
         default=DeliveryStatus.PENDING, sa_column=Column(Text, nullable=False, server_default=text("'pending'"))
     )

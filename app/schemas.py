@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from app.core import limits
-from app.core.statuses import TaskStatus
+from app.core.statuses import TaskStatus, WebhookEvent
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", flags=re.ASCII)
 
@@ -81,6 +81,12 @@ class SubmitRequest(BaseModel):
     tags: list[Tag] = Field([], max_length=limits.TAGS, description="Words to find it by.")
     webhook_url: str | None = Field(
         None, min_length=1, max_length=2048, description="Hears how the task ended, signed (Standard Webhooks)."
+    )
+    webhook_events: list[WebhookEvent] | None = Field(
+        None,
+        min_length=1,
+        max_length=len(WebhookEvent),
+        description="What it hears of instead; `task.started` and `task.retrying` are told only if named here.",
     )
 
     @field_validator("eta")

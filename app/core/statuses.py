@@ -26,6 +26,22 @@ WAITING = frozenset({TaskStatus.PENDING, TaskStatus.RETRY})
 TERMINAL = frozenset({TaskStatus.SUCCESS, TaskStatus.FAILURE, TaskStatus.REVOKED})
 
 
+class WebhookEvent(StrEnum):
+    """What somebody may hear of."""
+
+    SUCCEEDED = "task.succeeded"
+    FAILED = "task.failed"
+    REVOKED = "task.revoked"
+    STARTED = "task.started"
+    """An attempt has begun; only if it was asked for."""
+    RETRYING = "task.retrying"
+    """An attempt was spent, and another will follow; only if it was asked for."""
+
+
+ENDS = frozenset({WebhookEvent.SUCCEEDED, WebhookEvent.FAILED, WebhookEvent.REVOKED})
+"""What is told unless the submitter chose."""
+
+
 class DeliveryStatus(StrEnum):
     """What became of a webhook."""
 

@@ -12,7 +12,7 @@ nothing. Its POST may have arrived all the same, so delivery is at least once,
 under one id.
 """
 
-from app.delivery.events import body, intend
+from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
 from app.delivery.outbox import EXCERPT_BYTES, Claimed, claim_due, count_due, release, settle
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
@@ -22,6 +22,7 @@ __all__ = [
     "EXCERPT_BYTES",
     "GONE",
     "HOPELESS",
+    "INLINE_BYTES",
     "REST_SECONDS",
     "Attempt",
     "Batch",
@@ -29,6 +30,7 @@ __all__ = [
     "Mark",
     "Redelivery",
     "State",
+    "Told",
     "Verdict",
     "attempts",
     "body",
@@ -41,4 +43,6 @@ __all__ = [
     "release",
     "settle",
     "state_of",
+    "tells",
+    "told_columns",
 ]

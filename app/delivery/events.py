@@ -1,75 +1,134 @@
-"""What is told of a task: the statement that writes an event, and the JSON that is sent."""
+"""What is told of a task: the statement that writes an event, and the JSON that is sent.
 
-import json
-from datetime import UTC, datetime
-from typing import Literal
+The words of an event are put down by the statement that makes it happen, once,
+in two parts: the facts, and what came of it (`"result": …` or `"error": …`). So
+a later change of the task changes no byte of it, and `thin` is a body without
+the second part. A result stands there as the text that is stored, so that no
+number loses a digit; one that is large is a link.
+"""
 
-from app.delivery.outbox import Claimed
+from collections.abc import Collection
+from typing import Literal, Protocol
+
+from app.core.statuses import ENDS, TERMINAL, TaskStatus, WebhookEvent
+
+INLINE_BYTES = 65_536
+"""Of a result that is sent as it is; a larger one is a link to `GET /api/tasks/{id}/result`."""
+
+_EVENT_OF = {
+    TaskStatus.SUCCESS: WebhookEvent.SUCCEEDED,
+    TaskStatus.FAILURE: WebhookEvent.FAILED,
+    TaskStatus.REVOKED: WebhookEvent.REVOKED,
+    TaskStatus.STARTED: WebhookEvent.STARTED,
+    TaskStatus.RETRY: WebhookEvent.RETRYING,
+}
+_TOLD = (
+    "id", "name", "status", "attempt", "result", "error_type", "error_message", "created_at", "finished_at",
+    "webhook_url", "webhook_events", "event_sequence",
+)  # fmt: skip
+_PLACE = ', "created_at": '
+"""Where the outcome is put into the facts. It is there once: within a JSON text, a quotation mark has a backslash."""
 
 
-def intend(source: str) -> str:
-    """The body of a CTE that writes the event of every task that another CTE has ended.
+def told_columns(alias: str = "") -> str:
+    """The columns of `task` that `intend` needs, for RETURNING; with the alias of the table if it has one."""
+    return ", ".join(f"{alias}.{column}" if alias else column for column in _TOLD)
 
-    A task ends once, so a second event of the same sequence is a bug, and the
-    unique index (task_id, sequence) fails the statement.
+
+def _event(status: str, of: Collection[TaskStatus]) -> str:
+    words = " ".join(f"WHEN '{one}' THEN '{_EVENT_OF[one]}'" for one in sorted(of))
+    return f"CASE {status} {words} END"
+
+
+def _wanted(event: str, source: str = "") -> str:
+    dot = f"{source}." if source else ""
+    ends = ", ".join(sorted(ENDS))
+    chosen = f"COALESCE({dot}webhook_events, '{{{ends}}}')"
+    return f"COALESCE({dot}webhook_url IS NOT NULL AND {event} = ANY ({chosen}), false)"
+
+
+def tells(status: str, of: Collection[TaskStatus] = TERMINAL) -> str:
+    """1 if somebody is to hear that a task gets this status, else 0: what `event_sequence` grows by.
+
+    The number is counted in the row of the task: two statements that want the same row then never give
+    the same number, however late the second sees what the first has written.
 
     Args:
-        source: the name of a CTE with the columns `id`, `status` and `webhook_url` of
-            `task`. Its rows that are not terminal, or have no URL, are passed over.
+        status: the new status, as SQL over the columns of `task`.
+        of: the statuses that are told of by this statement.
+    """
+    return f"{_wanted(f'({_event(status, of)})')}::int"
+
+
+def intend(source: str, of: Collection[TaskStatus] = TERMINAL) -> str:
+    """The body of a CTE that writes the event of every task that another CTE has moved.
+
+    A second event of the same sequence is a bug, and the unique index (task_id,
+    sequence) fails the statement.
+
+    Args:
+        source: the name of a CTE with the columns `told_columns()`. Its rows whose task has
+            another status, or whose submitter did not choose the event, are passed over.
+        of: the statuses that are told of by this statement; the same as for `tells`.
     """
     # `source` is a name that our own statements use, never input.
+    event = f"({_event(f'{source}.status', of)})"
     return f"""
-    INSERT INTO webhook_delivery (id, task_id, event, sequence, url)
-    SELECT gen_random_uuid(), {source}.id,
-           CASE {source}.status WHEN 'SUCCESS' THEN 'task.succeeded'
-                                WHEN 'FAILURE' THEN 'task.failed'
-                                ELSE 'task.revoked' END,
-           1, {source}.webhook_url
+    INSERT INTO webhook_delivery (id, task_id, event, sequence, url, facts, outcome)
+    SELECT gen_random_uuid(), {source}.id, {event}, {source}.event_sequence, {source}.webhook_url,
+           {facts_of(source, event, f"{source}.event_sequence")}, {outcome_of(source)}
       FROM {source}
-     WHERE {source}.webhook_url IS NOT NULL AND {source}.status IN ('SUCCESS', 'FAILURE', 'REVOKED')
+     WHERE {_wanted(event, source)}
     """
 
 
-def body(claimed: Claimed, payload: Literal["full", "thin"]) -> bytes:
+def facts_of(source: str, event: str, sequence: str) -> str:
+    """SQL for the JSON of an event, without its outcome."""
+    return f"""
+           '{{"type": "' || {event} || '", "timestamp": ' || {_instant(f"COALESCE({source}.finished_at, now())")}
+           || ', "data": {{"task_id": "' || {source}.id || '", "task": ' || to_json({source}.name)
+           || ', "status": "' || {source}.status || '", "attempt": ' || {source}.attempt
+           || ', "sequence": ' || {sequence} || '{_PLACE}' || {_instant(f"{source}.created_at")}
+           || ', "finished_at": ' || COALESCE({_instant(f"{source}.finished_at")}, 'null') || '}}}}'"""
+
+
+def outcome_of(source: str) -> str:
+    """SQL for the member that says what came of it; NULL for a task that has only begun."""
+    return f"""
+           CASE WHEN {source}.status IN ('FAILURE', 'REVOKED', 'RETRY') THEN
+                '"error": {{"type": ' || to_json({source}.error_type) || ', "message": '
+                || to_json(COALESCE({source}.error_message, '')) || '}}'
+                WHEN {source}.status <> 'SUCCESS' THEN NULL
+                WHEN octet_length({source}.result::text) <= {INLINE_BYTES} THEN '"result": ' || {source}.result
+                ELSE '"result_url": "/api/tasks/' || {source}.id || '/result"' END"""
+
+
+def _instant(moment: str) -> str:
+    """SQL for ISO 8601 in UTC with milliseconds, as JSON: `"2026-01-31T12:00:00.000Z"`."""
+    return f"""'"' || to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"') || '"'"""
+
+
+class Told(Protocol):
+    """An event as it was put down."""
+
+    @property
+    def facts(self) -> str:
+        """Its JSON, without the outcome."""
+        ...
+
+    @property
+    def outcome(self) -> str | None:
+        """The member that says what came of it, as JSON."""
+        ...
+
+
+def body(told: Told, payload: Literal["full", "thin"]) -> bytes:
     """The JSON that is signed and sent, the same bytes on every attempt (Standard Webhooks, "Payload").
 
-    The stored result is spliced in as the text it is, so that no number loses a digit.
-
     Args:
-        claimed: what to tell of.
-        payload: `full` has the result, or the error; `thin` has neither.
+        told: the event.
+        payload: `full` has the result, or a link to it, or the error; `thin` has none of them.
     """
-    data = {
-        "task_id": json.dumps(str(claimed.task_id)),
-        "task": json.dumps(claimed.task),
-        "status": json.dumps(claimed.status),
-        "attempt": json.dumps(claimed.task_attempt),
-        "sequence": json.dumps(claimed.sequence),
-    }
-    if payload == "full":
-        data |= _end(claimed)
-    data["created_at"] = json.dumps(_instant(claimed.created_at))
-    data["finished_at"] = json.dumps(_instant(claimed.finished_at))
-    event = {
-        "type": json.dumps(claimed.event),
-        "timestamp": json.dumps(_instant(claimed.finished_at)),
-        "data": _object(data),
-    }
-    return _object(event).encode()
-
-
-def _end(claimed: Claimed) -> dict[str, str]:
-    if claimed.status == "SUCCESS":
-        return {"result": claimed.result or "null"}
-    error = {"type": claimed.error_type, "message": claimed.error_message or ""}
-    return {"error": json.dumps(error)}
-
-
-def _object(members: dict[str, str]) -> str:
-    """A JSON object of members that are JSON already."""
-    return "{" + ", ".join(f"{json.dumps(name)}: {value}" for name, value in members.items()) + "}"
-
-
-def _instant(moment: datetime) -> str:
-    """ISO 8601 in UTC with milliseconds: `2026-01-31T12:00:00.000Z`."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if payload == "thin" or told.outcome is None:
+        return told.facts.encode()
+    return told.facts.replace(_PLACE, f", {told.outcome}{_PLACE}", 1).encode()

@@ -6,6 +6,7 @@ from datetime import datetime
 from uuid import UUID
 
 from app.db import Database
+from app.delivery.events import facts_of, outcome_of
 from app.delivery.rules import Verdict
 from app.utils.webhook import Outcome, Receipt
 
@@ -24,8 +25,7 @@ class Claimed:
         token: fences `settle`.
         claimed_at: Postgres's clock, for the `webhook-timestamp`.
         traceparent: of the submit.
-        task_attempt: how many claims the task had.
-        result: JSON text as it is stored, for a task that succeeded.
+        facts: the JSON of the event without its outcome; `events.body` puts the two together.
     """
 
     id: UUID
@@ -38,18 +38,17 @@ class Claimed:
     token: UUID
     claimed_at: datetime
     traceparent: str | None
-    task: str
-    status: str
-    task_attempt: int
-    result: str | None
-    error_type: str | None
-    error_message: str | None
-    created_at: datetime
-    finished_at: datetime
+    facts: str
+    outcome: str | None
 
+
+# An event of an earlier release has no words of its own. It is of a task that has ended, whose row says the same
+# for ever.
+FACTS = f"COALESCE(d.facts, {facts_of('t', 'd.event', 'd.sequence')})"
+OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} END"
 
 # Two searches, so that each walks its own partial index in order and stops at the limit.
-_CLAIM_DUE = """
+_CLAIM_DUE = f"""
 WITH orphaned AS (
     SELECT id FROM webhook_delivery
      WHERE status = 'delivering' AND lease_until < now()
@@ -68,8 +67,7 @@ UPDATE webhook_delivery d
  WHERE d.id = chosen.id AND t.id = d.task_id
 RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt,
           d.attempt - d.earlier_attempts AS scheduled_attempt, d.token, now() AS claimed_at,
-          t.traceparent, t.name AS task, t.status, t.attempt AS task_attempt, t.result::text AS result,
-          t.error_type, t.error_message, t.created_at, t.finished_at
+          t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
 """
 
 

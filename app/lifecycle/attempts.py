@@ -8,6 +8,7 @@ decides anything.
 from collections.abc import Sequence
 
 from app import delivery
+from app.core.statuses import TERMINAL, TaskStatus
 from app.db import Database
 from app.lifecycle.rules import Claim, Transition
 from app.lifecycle.values import Claimed, Lease, Settled, budgets_of, settled_of
@@ -18,19 +19,30 @@ EARLY_CLAIM_SECONDS = 1.0
 # A claim need not be durable: if Postgres dies before it is, the row is as it was, and the random
 # token keeps the forgotten claimant from writing. A claim repeated with its own token succeeds,
 # which also heals a lost answer.
-_CLAIM = """
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE task
-   SET status = 'STARTED', attempt = $3 + 1, token = $4, worker = $5, started_at = now(),
-       lease_until = now() + make_interval(secs => $6)
-  FROM quick
- WHERE id = $1 AND name = $2 AND NOT cancel_requested
-   AND (status IN ('PENDING', 'RETRY') AND attempt = $3
-            AND run_at <= now() + make_interval(secs => $7)
-            AND (expires_at IS NULL OR expires_at > now())
-        OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)
-RETURNING queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent,
-          GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds
+# The newest event of a claim that is repeated is the one that it wrote the first time, so it is there already.
+_BEGUN = frozenset({TaskStatus.STARTED})
+_CLAIM = f"""
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+claimed AS (
+    UPDATE task
+       SET status = 'STARTED', attempt = $3 + 1, token = $4, worker = $5, started_at = now(),
+           lease_until = now() + make_interval(secs => $6),
+           event_sequence = event_sequence
+                          + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)}
+      FROM quick
+     WHERE id = $1 AND name = $2 AND NOT cancel_requested
+       AND (status IN ('PENDING', 'RETRY') AND attempt = $3
+                AND run_at <= now() + make_interval(secs => $7)
+                AND (expires_at IS NULL OR expires_at > now())
+            OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)
+    RETURNING {delivery.told_columns()}, queue, args, kwargs, failures, crashes, losses, refusals, max_retries,
+              time_limit, traceparent, run_at
+), hook AS (
+    {delivery.intend("claimed", _BEGUN)} ON CONFLICT (task_id, sequence) DO NOTHING
+)
+SELECT queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent,
+       GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds
+  FROM claimed
 """
 
 
@@ -110,10 +122,12 @@ async def renew(db: Database, claims: Sequence[Claim], *, lease_seconds: float) 
 # keeps the task's place in line and its time, so that it comes before all that was due after it; a retry gives
 # both up. The token stays when the claimant itself writes,
 # so that it can tell, after a lost answer, its own hand from another's.
+_TOLD = TERMINAL | {TaskStatus.RETRY}
+_NEXT = "CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE $4 END"
 _SETTLE = f"""
 WITH moved AS (
     UPDATE task
-       SET status = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE $4 END,
+       SET status = {_NEXT},
            result = $5::json,
            error_type = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'Cancelled'
                              WHEN $4 = 'PENDING' THEN error_type ELSE $6 END,
@@ -129,10 +143,11 @@ WITH moved AS (
            crashes = crashes + ($10 = 'crashes')::int,
            losses = losses + ($10 = 'losses')::int,
            refusals = refusals + ($10 = 'refusals')::int,
-           token = CASE WHEN $11 THEN token END
+           token = CASE WHEN $11 THEN token END,
+           event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
      WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
-    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
-), hook AS ({delivery.intend("moved")})
+    RETURNING {delivery.told_columns()}, error_traceback
+), hook AS ({delivery.intend("moved", _TOLD)})
 SELECT * FROM moved
 """
 

@@ -33,10 +33,15 @@ _BREACHES: Mapping[str, str] = {
     "a task that ended, and whose end somebody is to hear of, has its webhook": """
         SELECT t.id FROM task t
          WHERE t.finished_at IS NOT NULL AND t.webhook_url IS NOT NULL AND $1::float8 IS NOT NULL
-           AND NOT EXISTS (SELECT FROM webhook_delivery d WHERE d.task_id = t.id)""",
+           AND (t.webhook_events IS NULL
+                OR CASE t.status WHEN 'SUCCESS' THEN 'task.succeeded' WHEN 'FAILURE' THEN 'task.failed'
+                                 WHEN 'REVOKED' THEN 'task.revoked' END = ANY (t.webhook_events))
+           AND NOT EXISTS (SELECT FROM webhook_delivery d
+                            WHERE d.task_id = t.id
+                              AND d.event IN ('task.succeeded', 'task.failed', 'task.revoked'))""",
     "a webhook tells of a task that ended, and of the end that it had": """
         SELECT d.id FROM webhook_delivery d JOIN task t ON t.id = d.task_id
-         WHERE $1::float8 IS NOT NULL
+         WHERE $1::float8 IS NOT NULL AND d.event NOT IN ('task.started', 'task.retrying')
            AND d.event IS DISTINCT FROM CASE t.status WHEN 'SUCCESS' THEN 'task.succeeded'
                                                       WHEN 'FAILURE' THEN 'task.failed'
                                                       WHEN 'REVOKED' THEN 'task.revoked' END""",

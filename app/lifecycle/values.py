@@ -17,6 +17,7 @@ class NewTask:
         id: a UUIDv7, made by whoever submits.
         args: a JSON array.
         kwargs: a JSON object.
+        webhook_events: what the receiver is to hear of; None for how the task ends.
         delay_seconds: from now until it is due; ignored when `due_at` is set.
         due_at: when it is due, with a time zone.
         expires_in_seconds: from now until it is not worth running any more; or `expires_at`.
@@ -31,6 +32,7 @@ class NewTask:
     kwargs: str = "{}"
     tags: tuple[str, ...] = ()
     webhook_url: str | None = None
+    webhook_events: tuple[str, ...] | None = None
     max_retries: int = 3
     time_limit: float | None = None
     delay_seconds: float = 0.0

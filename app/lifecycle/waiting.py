@@ -31,9 +31,9 @@ WITH due AS (
       FROM due
 )
 INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, max_retries, time_limit, traceparent,
-                  rerun_of, failures,
+                  rerun_of, failures, webhook_events,
                   run_at, expires_at, position, published_at)
-SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17,
+SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17, $18::text[],
        due.run_at,
        COALESCE($15::timestamptz, now() + make_interval(secs => $14::float8)),
        CASE WHEN now_due THEN nextval('task_position') END,
@@ -75,6 +75,7 @@ async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell
         new.expires_at,
         hold_back,
         new.failures,
+        None if new.webhook_events is None else list(new.webhook_events),
     )
     if row is None or not row["stamped"]:
         return None
@@ -211,9 +212,11 @@ WITH asked AS (
            finished_at = CASE WHEN status = 'STARTED' THEN NULL ELSE now() END,
            error_type = CASE WHEN status = 'STARTED' THEN error_type ELSE 'Cancelled' END,
            error_message = CASE WHEN status = 'STARTED' THEN error_message ELSE 'The task was cancelled' END,
-           error_traceback = CASE WHEN status = 'STARTED' THEN error_traceback END
+           error_traceback = CASE WHEN status = 'STARTED' THEN error_traceback END,
+           event_sequence = event_sequence
+                          + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'REVOKED' END")}
      WHERE id = $1 AND status IN ('PENDING', 'RETRY', 'STARTED')
-    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
+    RETURNING {delivery.told_columns()}, error_traceback
 ), hook AS ({delivery.intend("asked")})
 SELECT * FROM asked
 """
@@ -239,10 +242,10 @@ WITH late AS (
 ), ended AS (
     UPDATE task t
        SET status = 'REVOKED', finished_at = now(), published_at = NULL, error_type = 'Expired',
-           error_message = 'The task was still waiting when it expired', error_traceback = NULL
+           error_message = 'The task was still waiting when it expired', error_traceback = NULL,
+           event_sequence = event_sequence + {delivery.tells("'REVOKED'")}
       FROM late WHERE t.id = late.id
-    RETURNING t.id, t.status, t.result, t.error_type, t.error_message, t.error_traceback, t.webhook_url,
-              t.finished_at
+    RETURNING {delivery.told_columns("t")}, t.error_traceback
 ), hook AS ({delivery.intend("ended")})
 SELECT * FROM ended
 """
@@ -264,10 +267,11 @@ WITH refused AS (
            finished_at = CASE WHEN refusals + 1 >= $4 THEN now() END,
            error_type = CASE WHEN refusals + 1 >= $4 THEN 'UnknownTask' ELSE error_type END,
            error_message = CASE WHEN refusals + 1 >= $4 THEN 'No worker knows a task of this name'
-                                ELSE error_message END
+                                ELSE error_message END,
+           event_sequence = event_sequence + {delivery.tells("CASE WHEN refusals + 1 >= $4 THEN 'FAILURE' END")}
      WHERE id = $1 AND attempt = $2 AND name = $3 AND position = $5 AND status IN ('PENDING', 'RETRY')
        AND published_at IS NOT NULL AND run_at <= now()
-    RETURNING id, status, result, error_type, error_message, error_traceback, webhook_url, finished_at
+    RETURNING {delivery.told_columns()}, error_traceback
 ), hook AS ({delivery.intend("refused")})
 SELECT * FROM refused
 """

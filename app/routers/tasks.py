@@ -147,6 +147,8 @@ def _new_task(wanted: schemas.SubmitRequest, state: State, *, traceparent: str) 
     queue = wanted.queue or (entry.queue if entry is not None else None) or queues[0]
     if queue not in queues:
         faults.append(FieldError("/queue", "No worker consumes a queue of this name"))
+    if wanted.webhook_events is not None and wanted.webhook_url is None:
+        faults.append(FieldError("/webhook_events", "Needs a webhook_url"))
     if entry is None or faults:
         raise errors.ValidationFailed(faults)
     moment = wanted.expires if isinstance(wanted.expires, datetime) else None
@@ -158,6 +160,7 @@ def _new_task(wanted: schemas.SubmitRequest, state: State, *, traceparent: str) 
         kwargs=_json(wanted.kwargs),
         tags=tuple(wanted.tags),
         webhook_url=webhook_url,
+        webhook_events=None if wanted.webhook_events is None else tuple(dict.fromkeys(wanted.webhook_events)),
         max_retries=entry.max_retries if wanted.max_retries is None else wanted.max_retries,
         time_limit=entry.time_limit if wanted.time_limit is None else wanted.time_limit,
         delay_seconds=wanted.countdown or 0.0,

@@ -20,6 +20,7 @@ from pydantic_core import to_jsonable_python
 from app import lifecycle
 from app.core import ids, limits, telemetry
 from app.core.config import Settings
+from app.core.statuses import WebhookEvent
 from app.utils import guard
 from app.worker import bridge
 from app.worker.execution import Declared, DurableTask
@@ -81,6 +82,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
         time_limit: float | None = None,
         max_retries: int | None = None,
         webhook_url: str | None = None,
+        webhook_events: Sequence[str] | None = None,
         tags: Sequence[str] = (),
         **options: Any,
     ) -> AsyncResult:
@@ -103,6 +105,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             time_limit: seconds that one attempt may take; the task's own unless given.
             max_retries: runs after a failed first one; the task's own unless given.
             webhook_url: who is told when it ends.
+            webhook_events: what is told instead, such as `["task.started", "task.failed"]`.
             tags: words to find it by.
             options: what Celery itself adds is ignored; callbacks, chords and anything unknown are refused.
 
@@ -128,6 +131,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             kwargs=as_json[1],
             tags=tuple(tags),
             webhook_url=_admitted(webhook_url, here.settings),
+            webhook_events=None if webhook_events is None else tuple(dict.fromkeys(webhook_events)),
             max_retries=entry.max_retries if max_retries is None else max_retries,
             time_limit=entry.time_limit if time_limit is None else time_limit,
             delay_seconds=countdown or 0.0,
@@ -198,6 +202,15 @@ def _check(new: lifecycle.NewTask) -> None:
             raise ValueError(f"{option} must be at most a year ahead")
     if len(new.tags) > limits.TAGS or not all(0 < len(tag) <= limits.TAG_LENGTH for tag in new.tags):
         raise ValueError(f"tags must be at most {limits.TAGS}, of 1 to {limits.TAG_LENGTH} characters each")
+    if new.webhook_events is not None:
+        _check_events(new, new.webhook_events)
+
+
+def _check_events(new: lifecycle.NewTask, events: Sequence[str]) -> None:
+    if new.webhook_url is None:
+        raise ValueError("webhook_events needs a webhook_url")
+    if not events or not set(events) <= set(WebhookEvent):
+        raise ValueError(f"webhook_events must be some of {', '.join(WebhookEvent)}")
 
 
 def _queue_name(queue: Any, settings: Settings) -> str:

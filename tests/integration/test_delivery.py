@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -26,11 +27,16 @@ EXHAUSTED = delivery.Verdict(DeliveryStatus.EXHAUSTED)
 END = f"""
 WITH ended AS (
     UPDATE task SET status = $2, result = $3::json, error_type = $4, error_message = $5, attempt = 1,
-                    finished_at = CASE WHEN $2 = 'RETRY' THEN NULL ELSE now() END
-     WHERE id = ANY($1::uuid[]) RETURNING id, status, webhook_url
+                    finished_at = CASE WHEN $2 = 'RETRY' THEN NULL ELSE now() END,
+                    event_sequence = event_sequence + {delivery.tells("$2")}
+     WHERE id = ANY($1::uuid[]) RETURNING {delivery.told_columns()}
 ), hook AS ({delivery.intend("ended")})
 SELECT id FROM ended
 """
+
+
+def instant(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @pytest.fixture
@@ -106,6 +112,7 @@ async def test_a_task_without_a_webhook_or_not_at_its_end_leaves_none(db: Databa
 
 async def test_a_second_end_of_a_task_is_seen(db: Database) -> None:
     task_id = await ended(db)
+    await db.execute("UPDATE task SET event_sequence = 0")
     with pytest.raises(errors.StatementRefused, match="UniqueViolationError"):
         await end(db, task_id, status="FAILURE")
     assert await db.fetchval("SELECT status FROM task WHERE id = $1", task_id) == "SUCCESS"
@@ -125,7 +132,59 @@ async def test_the_body_of_a_failure_has_its_error(db: Database) -> None:
     await ended(db, status="FAILURE")
     sent = json.loads(delivery.body(await claim_one(db), "full"))
     assert sent["data"]["error"] == {"type": "Oops", "message": "No"}
+    assert "result" not in sent["data"]
     assert sent["timestamp"] == sent["data"]["finished_at"]
+
+
+async def test_the_body_of_a_success_is_the_contract(db: Database) -> None:
+    task_id = await ended(db, result='{"b": 1.10, "a": null}')
+    stored = await db.fetchrow("SELECT created_at, finished_at FROM task WHERE id = $1", task_id)
+    assert stored is not None
+    assert delivery.body(await claim_one(db), "full").decode() == (
+        f'{{"type": "task.succeeded", "timestamp": "{instant(stored["finished_at"])}",'
+        f' "data": {{"task_id": "{task_id}", "task": "long_task", "status": "SUCCESS", "attempt": 1, "sequence": 1,'
+        f' "result": {{"b": 1.10, "a": null}}, "created_at": "{instant(stored["created_at"])}",'
+        f' "finished_at": "{instant(stored["finished_at"])}"}}}}'
+    )
+
+
+@pytest.mark.parametrize("text", ['no "x" \u2028\n\t\\', "é😀</script>", "x" * 16_384, "\x7f\x01"])
+async def test_any_error_and_name_arrives_as_it_is(db: Database, text: str) -> None:
+    task_id = await submit(db)
+    await db.execute("UPDATE task SET name = $1", text[:255])
+    await db.fetch(END, [task_id], "FAILURE", None, "Oops", text)
+    data = json.loads(delivery.body(await claim_one(db), "full"))["data"]
+    assert (data["task"], data["error"]) == (text[:255], {"type": "Oops", "message": text})
+
+
+async def test_a_large_result_is_a_link(db: Database) -> None:
+    for length, linked in ((delivery.INLINE_BYTES, False), (delivery.INLINE_BYTES + 1, True)):
+        task_id = await ended(db, result='"' + "x" * (length - 2) + '"')
+        claimed = await claim_one(db)
+        data = json.loads(delivery.body(claimed, "full"))["data"]
+        assert ("result" not in data) is linked
+        assert data.get("result_url") == (f"/api/tasks/{task_id}/result" if linked else None)
+        assert "result_url" not in json.loads(delivery.body(claimed, "thin"))["data"]
+
+
+async def test_what_happens_to_a_task_later_changes_no_byte(db: Database) -> None:
+    task_id = await ended(db)
+    first = await claim_one(db)
+    await delivery.settle(db, first, BROKEN, AGAIN)
+    await db.execute("UPDATE task SET name = 'another', result = '2', attempt = 9 WHERE id = $1", task_id)
+    assert delivery.body(await claim_one(db), "full") == delivery.body(first, "full")
+
+
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
+async def test_an_event_of_the_release_before_says_the_same(db: Database, status: str) -> None:
+    task_id = await ended(db, status=status)
+    written = delivery.body(await claim_one(db), "full")
+    await db.execute(
+        "UPDATE webhook_delivery SET facts = NULL, outcome = NULL, lease_until = now() - interval '1 second'"
+        " WHERE task_id = $1",
+        task_id,
+    )
+    assert delivery.body(await claim_one(db), "full") == written
 
 
 async def test_a_claimed_delivery_is_nobody_elses_until_its_lease_runs_out(db: Database) -> None:

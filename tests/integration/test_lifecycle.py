@@ -1,6 +1,7 @@
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -8,7 +9,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from app import lifecycle
+from app import delivery, lifecycle
 from app.broker import END_OF_LINE
 from app.core import backoff, errors, ids
 from app.core.config import Settings
@@ -635,3 +636,128 @@ async def _waiting(db: Database, number: int) -> None:
 
 def _bell(task_id: UUID) -> lifecycle.Bell:
     return lifecycle.Bell(task_id=task_id, name="sample.echo", queue="default", attempt=0, position=1)
+
+
+ALL_EVENTS = ("task.started", "task.retrying", "task.succeeded", "task.failed", "task.revoked")
+
+
+async def told(db: Database, task_id: UUID) -> list[dict[str, Any]]:
+    """What was written to be sent, in the order of its sequence."""
+    rows = await db.fetch("SELECT * FROM webhook_delivery WHERE task_id = $1 ORDER BY sequence", task_id)
+    bodies = [json.loads(delivery.body(_Told(row["facts"], row["outcome"]), "full")) for row in rows]
+    assert [row["event"] for row in rows] == [body["type"] for body in bodies]
+    assert [row["sequence"] for row in rows] == [body["data"]["sequence"] for body in bodies]
+    return bodies
+
+
+@dataclass(frozen=True)
+class _Told:
+    facts: str
+    outcome: str | None
+
+
+async def test_whoever_asks_hears_of_every_step_in_order(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK, webhook_events=ALL_EVENTS)
+    first = await started(db, task_id)
+    await lifecycle.settle(db, first.claim, decide(first.budgets, RetryAsked(BOOM, 0.0)))
+    second = await started(db, task_id)
+    await lifecycle.settle(db, second.claim, decide(second.budgets, Interrupted()))
+    third = await started(db, task_id)
+    await lifecycle.settle(db, third.claim, decide(third.budgets, Succeeded("[1]")))
+
+    bodies = await told(db, task_id)
+    assert [(one["type"], one["data"]["status"], one["data"]["attempt"]) for one in bodies] == [
+        ("task.started", "STARTED", 1),
+        ("task.retrying", "RETRY", 1),
+        ("task.started", "STARTED", 2),
+        ("task.started", "STARTED", 3),
+        ("task.succeeded", "SUCCESS", 3),
+    ]
+    assert [one["data"]["sequence"] for one in bodies] == [1, 2, 3, 4, 5]
+    assert bodies[0]["data"].keys() & {"result", "error"} == set()
+    assert bodies[1]["data"]["error"] == {"type": "ValueError", "message": "boom"}
+    assert bodies[4]["data"]["result"] == [1]
+    assert [one["data"]["finished_at"] is None for one in bodies] == [True, True, True, True, False]
+    assert await lifecycle.breaches(db, overdue_seconds=60.0) == []
+
+
+@pytest.mark.parametrize(
+    ("chosen", "heard"),
+    [
+        (None, ["task.failed"]),
+        (("task.failed",), ["task.failed"]),
+        (("task.succeeded", "task.revoked"), []),
+        (("task.retrying",), ["task.retrying"]),
+        (("task.started",), ["task.started", "task.started"]),
+        (("task.failed", "task.retrying"), ["task.retrying", "task.failed"]),
+    ],
+)
+async def test_only_what_was_chosen_is_told(db: Database, chosen: tuple[str, ...] | None, heard: list[str]) -> None:
+    task_id = await submitted(db, webhook_url=HOOK, webhook_events=chosen)
+    first = await started(db, task_id)
+    await lifecycle.settle(db, first.claim, decide(first.budgets, RetryAsked(BOOM, 0.0)))
+    second = await started(db, task_id)
+    await lifecycle.settle(db, second.claim, decide(second.budgets, Failed(BOOM)))
+
+    assert await events(db, task_id) == heard
+    assert [one["data"]["sequence"] for one in await told(db, task_id)] == list(range(1, len(heard) + 1))
+    assert await lifecycle.breaches(db, overdue_seconds=60.0) == []
+
+
+async def test_without_a_url_nothing_is_told_or_counted(db: Database) -> None:
+    task_id = await submitted(db, webhook_events=ALL_EVENTS)
+    claimed = await started(db, task_id)
+    await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, Succeeded("1")))
+    assert await events(db, task_id) == []
+    assert (await row(db, task_id))["event_sequence"] == 0
+
+
+async def test_a_claim_that_is_repeated_is_told_of_once(db: Database) -> None:
+    task_id = await submitted(db, webhook_url=HOOK, webhook_events=ALL_EVENTS)
+    first = await started(db, task_id)
+    again = await lifecycle.claim(db, first.claim, name="sample.echo", worker="test", lease_seconds=30.0)
+    assert again is not None
+    assert await events(db, task_id) == ["task.started"]
+
+
+async def test_a_lost_worker_and_a_cancel_are_told_of(db: Database) -> None:
+    lost = await submitted(db, webhook_url=HOOK, webhook_events=("task.retrying",))
+    claimed = await started(db, lost, lease_seconds=0.0)
+    await lifecycle.reap(db, claimed.claim, decide(claimed.budgets, Lost()))
+    assert await events(db, lost) == ["task.retrying"]
+
+    task_id = await submitted(db, webhook_url=HOOK, webhook_events=("task.started", "task.retrying", "task.revoked"))
+    claimed = await started(db, task_id)
+    await lifecycle.cancel(db, task_id)
+    assert await events(db, task_id) == ["task.started"], "the wish to cancel is no event"
+    await lifecycle.settle(db, claimed.claim, decide(claimed.budgets, RetryAsked(BOOM, 0.0)))
+    assert await events(db, task_id) == ["task.started", "task.revoked"]
+
+
+async def test_a_cancel_that_waited_for_the_settle_before_it_counts_on(db: Database, rival: asyncpg.Connection) -> None:
+    task_id = await submitted(db, webhook_url=HOOK, webhook_events=ALL_EVENTS)
+    claimed = await started(db, task_id)
+    async with rival.transaction():
+        await rival.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", task_id)
+        retry = decide(claimed.budgets, RetryAsked(BOOM, 0.0))
+        settle = asyncio.create_task(lifecycle.settle(db, claimed.claim, retry))
+        await until(lambda: waiting(db, 1), what="the settle at the lock")
+        cancel = asyncio.create_task(lifecycle.cancel(db, task_id))
+        await until(lambda: waiting(db, 2), what="the cancel at the lock")
+    await asyncio.gather(settle, cancel)
+
+    heard = await events(db, task_id)
+    assert heard in (["task.started", "task.retrying", "task.revoked"], ["task.started", "task.revoked"])
+
+
+async def waiting(db: Database, statements: int) -> bool:
+    """Whether so many other sessions of this database wait for a lock."""
+    found = await db.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return bool(found == statements)
+
+
+async def test_the_database_knows_the_events(db: Database) -> None:
+    with pytest.raises(errors.StatementRefused):
+        await submitted(db, webhook_url=HOOK, webhook_events=("task.paused",))

@@ -18,7 +18,7 @@ SHORT = 200
 LONG = 6_000
 RUNNING = 12_000
 OPERATIONS = 20
-TABLES = ("task", "task_tombstone", "webhook_delivery")
+TABLES = ("task", "task_tombstone", "webhook_delivery", "webhook_attempt")
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def test_nothing_at_all_is_a_long_task() -> None:
         {"max_retries": 100, "time_limit": 0.1},
         {"tags": ["x" * 64] * 20},
         {"webhook_url": None, "queue": None},
+        {"webhook_events": ["task.started", "task.retrying", "task.succeeded", "task.failed", "task.revoked"]},
     ],
 )
 def test_what_is_within_its_bounds_passes(fields: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ def test_a_moment_is_kept_in_utc() -> None:
         ("time_limit", [0, -1, 86_401, "5", True]),
         ("tags", ["x", {}, ["x"] * 21]),
         ("webhook_url", [1, "", "x" * 2049]),
+        ("webhook_events", ["task.failed", [], ["task.failed"] * 6, {}]),
         ("surprise", [1]),
         ("task_id", ["x"]),
     ],

@@ -96,8 +96,10 @@ async def test_every_field_reaches_the_row(api: httpx.AsyncClient, db: Database)
         time_limit=12.5,
         tags=["nightly", "é"],
         webhook_url="https://example.com/hook",
+        webhook_events=["task.started", "task.failed", "task.started"],
     )
     row = await row_of(db, task_id)
+    assert row["webhook_events"] == ["task.started", "task.failed"]
     assert row["args"] == '[{"é": [1, 2.5, null, "😀"]}]'
     assert (row["name"], row["queue"], row["max_retries"], row["time_limit"]) == ("sample.echo", "reports", 7, 12.5)
     assert row["run_at"] - row["created_at"] == timedelta(seconds=60)
@@ -416,6 +418,14 @@ async def test_without_redis_submits_succeed(api_settings: Settings, serve: Serv
             # What could not be pushed is handed to the relay.
             stamp = "SELECT published_at IS NULL AND position IS NOT NULL FROM task WHERE id = $1"
             await until(lambda: db.fetchval(stamp, task_id), what="the handing over")
+
+
+async def test_events_for_nobody_and_unknown_ones_are_refused(api: httpx.AsyncClient) -> None:
+    for fields, pointer in (
+        ({"webhook_events": ["task.failed"]}, "/webhook_events"),
+        ({"webhook_events": ["task.paused"], "webhook_url": "https://example.com/"}, "/webhook_events/0"),
+    ):
+        assert_problem(await api.post(SUBMIT, json=fields), 422, pointer)
 
 
 async def test_a_private_webhook_is_admitted_in_development(api_settings: Settings, serve: Serve) -> None:

@@ -76,7 +76,8 @@ def test_every_option_reaches_the_row(running: Service) -> None:
         import datetime
         from app.worker.sample_tasks import echo, flaky
         echo.apply_async(["x"], task_id="{task_id}", countdown=3600, expires=7200, retries=2, queue="default",
-                         webhook_url="http://127.0.0.1:9/hook", tags=["a"], max_retries=7)
+                         webhook_url="http://127.0.0.1:9/hook", webhook_events=["task.started"], tags=["a"],
+                         max_retries=7)
         later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)
         flaky.apply_async(kwargs={{"failures": 0}}, eta=later, expires=later + datetime.timedelta(hours=1))
         print("{{}}")
@@ -87,6 +88,7 @@ def test_every_option_reaches_the_row(running: Service) -> None:
     assert (view["status"], view["failures"], view["queue"]) == ("PENDING", 2, "default")
     assert (view["tags"], view["max_retries"]) == (["a"], 7)
     assert view["webhook"]["url"] == "http://127.0.0.1:9/hook"
+    assert running.value("SELECT webhook_events FROM task WHERE id = $1", task_id) == ["task.started"]
     assert _hours(view["created_at"], view["run_at"]) == pytest.approx(1.0, abs=0.01)
     assert _hours(view["created_at"], view["expires_at"]) == pytest.approx(2.0, abs=0.01)
 
@@ -209,6 +211,8 @@ def test_what_cannot_run_is_refused_when_it_is_submitted(running: Service) -> No
             "option": lambda: echo.apply_async([1], urgency=9),
             "soft limit": lambda: echo.apply_async([1], soft_time_limit=5),
             "webhook": lambda: echo.apply_async([1], webhook_url="ftp://example.com/"),
+            "events": lambda: echo.apply_async([1], webhook_url="http://127.0.0.1:9/", webhook_events=["paused"]),
+            "events for nobody": lambda: echo.apply_async([1], webhook_events=["task.failed"]),
             "not json": lambda: echo.delay(float("nan")),
             "id": lambda: echo.apply_async([1], task_id="seven"),
         }
@@ -231,6 +235,8 @@ def test_what_cannot_run_is_refused_when_it_is_submitted(running: Service) -> No
         "option": "TypeError",
         "soft limit": "TypeError",
         "webhook": "ValueError",
+        "events": "ValueError",
+        "events for nobody": "ValueError",
         "not json": "ValueError",
         "id": "ValueError",
     }

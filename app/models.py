@@ -36,6 +36,9 @@ from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus, Web
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
 """Publish positions: each message's place in line, so that a lost one is missed."""
 
+event_position = Sequence("event_position", metadata=SQLModel.metadata)
+"""The places of events in line, for those who ask for them."""
+
 
 def _words(values: frozenset[TaskStatus] | type[StrEnum]) -> str:
     return ", ".join(f"'{value}'" for value in sorted(str(value) for value in values))
@@ -175,6 +178,9 @@ class WebhookDelivery(SQLModel, table=True):
         Index("webhook_delivery_event", "task_id", "sequence", unique=True),
         Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
         Index("webhook_delivery_created", "created_at", "id"),
+        # Events in line, and those that have no place in it yet.
+        Index("webhook_delivery_position", "position", postgresql_where=text("position IS NOT NULL")),
+        Index("webhook_delivery_unnumbered", "created_at", "sequence", postgresql_where=text("position IS NULL")),
         Index("webhook_delivery_leased", "lease_until", postgresql_where=text("status = 'delivering'")),
         # As for tasks: what was sent must not lie for long before what is due.
         {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
@@ -182,6 +188,8 @@ class WebhookDelivery(SQLModel, table=True):
 
     id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
     task_id: UUID = Field(sa_column=Column(ForeignKey("task.id", ondelete="CASCADE"), nullable=False))
+    position: int | None = Field(default=None, sa_column=Column(BigInteger))
+    """Its place among the events of all tasks, given by a relay once it is committed."""
     event: str = Field(sa_column=Column(Text, nullable=False))
     sequence: int = Field(sa_column=Column(Integer, nullable=False))
     """Its place among the events of its task, so that a receiver can drop stale ones."""

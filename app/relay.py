@@ -199,6 +199,10 @@ class Relay:
             task.add_done_callback(self.sending.discard)
         return len(claimed)
 
+    async def number_events(self) -> int:
+        """Give new events their place in the line that can be asked for."""
+        return await delivery.number(self.db, limit=BATCH)
+
     async def export(self) -> int:
         """Export the state of the queues, row by row. A source that fails takes its series away, never shows 0."""
         try:
@@ -330,6 +334,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     loops = [
         _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
         _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
+        _every(TICK_SECONDS, partial(_number, relay), "numbering events"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
@@ -346,6 +351,11 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
 
 async def _publish(relay: Relay, queue: str) -> None:
     while await relay.publish_due(queue) == BATCH:
+        pass
+
+
+async def _number(relay: Relay) -> None:
+    while await relay.number_events() == BATCH:
         pass
 
 

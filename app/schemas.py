@@ -190,6 +190,20 @@ class AttemptPage(BaseModel):
     next_cursor: str | None
 
 
+class EventRead(BaseModel):
+    """Something that happened to a task."""
+
+    webhook_id: UUID = Field(description="The `webhook-id` of its webhook: the same event, heard and read, has one id.")
+    body: dict[str, Any] = Field(description="The very JSON that its webhook carries.")
+
+
+class EventPage(BaseModel):
+    """Some events, in line."""
+
+    data: list[EventRead]
+    next_cursor: str = Field(description="Ask on `after` this one, now or later; without new events it stays.")
+
+
 class RedeliverRequest(BaseModel):
     """Which webhooks to send again."""
 

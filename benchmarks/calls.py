@@ -178,6 +178,9 @@ async def _webhooks(side: Side, operations: int) -> Calls:
                     delivery.Verdict(DeliveryStatus.DELIVERED),
                 ),
             )
+    for _ in range(_some(operations, 20)):
+        yield "number 2", lambda: delivery.number(db, limit=2)
+        yield "events 10", lambda: delivery.events(db, after=0, limit=10)
     since = await lifecycle.clock(db) - timedelta(days=365)
     for _ in range(_some(operations, 20)):
         yield "redeliver, 10 looked at", lambda: _redeliver(db, since)

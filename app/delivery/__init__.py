@@ -13,6 +13,7 @@ under one id.
 """
 
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
+from app.delivery.feed import Event, events, number
 from app.delivery.outbox import EXCERPT_BYTES, Claimed, claim_due, count_due, release, settle
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
@@ -27,6 +28,7 @@ __all__ = [
     "Attempt",
     "Batch",
     "Claimed",
+    "Event",
     "Mark",
     "Redelivery",
     "State",
@@ -37,7 +39,9 @@ __all__ = [
     "claim_due",
     "count_due",
     "decide",
+    "events",
     "intend",
+    "number",
     "redeliver",
     "redeliver_batch",
     "release",

@@ -1,10 +1,10 @@
-"""What became of a task's webhook: how far it has come, every attempt, and sending it again."""
+"""What became of a task's webhook, every attempt, sending it again, and the events for whoever asks."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 
 from app import delivery, lifecycle, schemas
 from app.core import errors
@@ -38,6 +38,7 @@ router = APIRouter(tags=["webhooks"])
 AttemptCursor = Annotated[
     str, Query(alias="cursor", pattern=r"^[0-9]{1,9}\.[0-9]{1,5}$", description="The `next_cursor` of the page before.")
 ]
+EventCursor = Annotated[str, Query(pattern=r"^[0-9]{1,18}$", description="The `next_cursor` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page at most.")]
 
 
@@ -95,6 +96,21 @@ async def redeliver_all(request: Request, state: Resources) -> schemas.Redeliver
         if place is None:
             break
     return schemas.Redelivered(redelivered=redelivered, next_cursor=None if place is None else _cursor(place))
+
+
+@router.get("/api/events", response_model=schemas.EventPage, responses=problems.responses(422, 503))
+async def read_events(state: Resources, after: EventCursor = "0", limit: Limit = PAGE) -> Response:
+    """What webhooks tell, for whoever asks: a receiver that was away for long misses nothing.
+
+    Without `after` it begins with the oldest event of the tasks that are kept.
+    """
+    found = await delivery.events(state["db"], after=int(after), limit=limit)
+    payload = state["settings"].webhook_payload
+    # The stored text goes out as it is, as it does in the webhook.
+    data = [f'{{"webhook_id": "{one.id}", "body": {delivery.body(one, payload).decode()}}}' for one in found]
+    end = found[-1].position if found else int(after)
+    page = f'{{"data": [{", ".join(data)}], "next_cursor": "{end}"}}'
+    return Response(page, media_type="application/json")
 
 
 def _mark(cursor: str) -> delivery.Mark:

@@ -329,6 +329,18 @@ async def test_a_webhook_that_is_sent_again_has_the_whole_schedule_before_it(rel
     assert [one.error for one in await delivery.attempts(db, task_id, limit=10)] == ["http_5xx"] * 5 + [None]
 
 
+async def test_all_events_get_their_place_however_many(relay: Relay, db: Database) -> None:
+    await db.execute(
+        "WITH t AS (INSERT INTO task (id, name, queue, args, kwargs)"
+        " SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}' FROM generate_series(1, $1::int) RETURNING id)"
+        " INSERT INTO webhook_delivery (id, task_id, event, sequence, url, facts)"
+        " SELECT gen_random_uuid(), id, 'task.started', 1, 'https://example.com/', '{}' FROM t",
+        relays.BATCH + 1,
+    )
+    await relays._number(relay)
+    assert await db.fetchval("SELECT count(DISTINCT position) FROM webhook_delivery") == relays.BATCH + 1
+
+
 async def test_tasks_in_a_queue_that_nobody_looks_after_are_reported_once(
     relay: Relay, db: Database, caplog: pytest.LogCaptureFixture
 ) -> None:

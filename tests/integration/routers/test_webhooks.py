@@ -238,3 +238,41 @@ async def test_a_wrong_wish_to_send_again_names_its_field(
     api: httpx.AsyncClient, fields: dict[str, Any], pointer: str
 ) -> None:
     assert_problem(await api.post("/api/webhooks/redeliver", json=fields), 422, pointer)
+
+
+async def read_events(api: httpx.AsyncClient, **parameters: Any) -> dict[str, Any]:
+    answer = await api.get("/api/events", params=parameters)
+    assert answer.status_code == 200, answer.text
+    page: dict[str, Any] = answer.json()
+    return page
+
+
+async def test_events_can_be_read_on_and_on_with_the_very_bodies_of_their_webhooks(
+    api: httpx.AsyncClient, db: Database
+) -> None:
+    assert await read_events(api) == {"data": [], "next_cursor": "0"}
+    for number in range(5):
+        await ended(db, lifecycle.Succeeded(f'{{"n": {number}, "f": 1.10}}'), webhook_url=HOOK)
+    await delivery.number(db, limit=10)
+    sent = {one.id: delivery.body(one, "full") for one in await delivery.claim_due(db, limit=10, lease_seconds=30.0)}
+
+    answer = await api.get("/api/events")
+    assert all(body in answer.content for body in sent.values())
+    read: list[dict[str, Any]] = []
+    cursor = "0"
+    while len(read) < 5:
+        page = await read_events(api, after=cursor, limit=2)
+        assert page["data"]
+        read, cursor = read + page["data"], page["next_cursor"]
+    assert [one["body"]["data"]["result"]["n"] for one in read] == [0, 1, 2, 3, 4]
+    assert {UUID(one["webhook_id"]) for one in read} == sent.keys()
+    assert await read_events(api, after=cursor) == {"data": [], "next_cursor": cursor}
+
+    await told(db)
+    await delivery.number(db, limit=10)
+    assert len((await read_events(api, after=cursor))["data"]) == 1
+
+
+@pytest.mark.parametrize("cursor", ["x", "-1", "1.5", "9" * 19, ""])
+async def test_a_wrong_cursor_of_events_is_named(api: httpx.AsyncClient, cursor: str) -> None:
+    assert_problem(await api.get("/api/events", params={"after": cursor}), 422, "/after")

@@ -255,7 +255,9 @@ class Relay:
             traceparent=claimed.traceparent,
             timestamp_seconds=int(claimed.claimed_at.timestamp()),
         )
-        verdict = delivery.decide(claimed.scheduled_attempt, receipt, self.settings.webhook_schedule)
+        verdict = delivery.decide(
+            claimed.scheduled_attempt, receipt, self.settings.webhook_schedule, age_seconds=claimed.age_seconds
+        )
         # If Postgres stays away for longer, the receiver hears of it again, under the same id.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DELIVERY_LEASE_SECONDS):

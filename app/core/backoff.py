@@ -40,13 +40,18 @@ def reconnect_wait(failures: int, *, cap_seconds: float = 2.0) -> float:
     return random.uniform(0.0, min(cap_seconds, 0.1 * 2.0 ** min(failures, 10)))  # noqa: S311  # jitter is no secret
 
 
-def scheduled_wait(schedule: Sequence[float], attempt: int, *, jitter: float = 0.2) -> float | None:
+def spread(seconds: float, *, jitter: float = 0.2) -> float:
+    """`seconds`, spread by ±`jitter`, so that what failed together does not come back together."""
+    return seconds * random.uniform(1.0 - jitter, 1.0 + jitter)  # noqa: S311  # jitter is no secret
+
+
+def scheduled_wait(schedule: Sequence[float], attempt: int) -> float | None:
     """Seconds from the failed `attempt` (1 is the first) to the next, or None when the schedule is spent.
 
     `schedule[0]` is the wait before the first attempt, so attempt `n` is followed
-    by `schedule[n]`, spread by ±`jitter` (Standard Webhooks, "Deliverability and
+    by `schedule[n]`, spread by ±20 % (Standard Webhooks, "Deliverability and
     reliability").
     """
     if attempt >= len(schedule):
         return None
-    return schedule[attempt] * random.uniform(1.0 - jitter, 1.0 + jitter)  # noqa: S311  # jitter is no secret
+    return spread(schedule[attempt])

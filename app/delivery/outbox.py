@@ -22,6 +22,7 @@ class Claimed:
         id: the `webhook-id`, the same for every attempt.
         attempt: which attempt this is, 1 for the first.
         scheduled_attempt: which one since the schedule began, or began anew.
+        age_seconds: since the event happened.
         token: fences `settle`.
         claimed_at: Postgres's clock, for the `webhook-timestamp`.
         traceparent: of the submit.
@@ -35,6 +36,7 @@ class Claimed:
     sequence: int
     attempt: int
     scheduled_attempt: int
+    age_seconds: float
     token: UUID
     claimed_at: datetime
     traceparent: str | None
@@ -66,7 +68,8 @@ UPDATE webhook_delivery d
   FROM chosen, task t
  WHERE d.id = chosen.id AND t.id = d.task_id
 RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt,
-          d.attempt - d.earlier_attempts AS scheduled_attempt, d.token, now() AS claimed_at,
+          d.attempt - d.earlier_attempts AS scheduled_attempt,
+          extract(epoch FROM now() - d.created_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
           t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
 """
 
@@ -82,19 +85,21 @@ async def claim_due(db: Database, *, limit: int, lease_seconds: float) -> list[C
 
 
 # The attempt is written by the statement that settles it: none is kept that did not count, none counts unseen.
+# One that spends nothing is given back, as if it had not been claimed.
 _SETTLE = """
 WITH settled AS (
     UPDATE webhook_delivery
        SET status = $3, lease_until = NULL, token = NULL,
            next_at = CASE WHEN $3 = 'pending' THEN now() + make_interval(secs => $4) ELSE next_at END,
            delivered_at = CASE WHEN $3 = 'delivered' THEN now() END,
-           last_status_code = $5, last_error = $6
+           last_status_code = $5, last_error = $6, attempt = attempt - (NOT $10)::int
      WHERE id = $1 AND token = $2 AND lease_until IS NOT NULL
     RETURNING id, attempt
+), kept AS (
+    INSERT INTO webhook_attempt (delivery_id, number, started_at, duration_seconds, status_code, error, excerpt)
+    SELECT id, attempt, $7, $8, $5, $6, $9 FROM settled WHERE $10
 )
-INSERT INTO webhook_attempt (delivery_id, number, started_at, duration_seconds, status_code, error, excerpt)
-SELECT id, attempt, $7, $8, $5, $6, $9 FROM settled
-RETURNING true
+SELECT true FROM settled
 """
 
 
@@ -116,6 +121,7 @@ async def settle(db: Database, claimed: Claimed, receipt: Receipt, verdict: Verd
         claimed.claimed_at,
         receipt.duration_seconds,
         _kept(receipt.excerpt),
+        verdict.spends,
     )
     return settled is not None
 

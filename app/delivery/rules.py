@@ -13,6 +13,8 @@ REST_SECONDS = 60.0
 GONE = 410
 HOPELESS = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL})
 """What no second attempt changes; the user has to."""
+LOCAL_FAULT_SECONDS = 60.0
+"""The wait after a fault of our own network, which is not spread over days as a receiver's outage is."""
 _WEARY = frozenset({Outcome.HTTP_429, Outcome.TIMEOUT})
 
 
@@ -23,26 +25,35 @@ class Verdict:
     Attributes:
         status: delivered, exhausted, or pending for another attempt.
         wait_seconds: until that attempt; 0 if there is none.
+        spends: whether the attempt counts; one that was ours to lose does not, and is made again.
     """
 
     status: DeliveryStatus
     wait_seconds: float = 0.0
+    spends: bool = True
 
 
-def decide(attempt: int, receipt: Receipt, schedule: Sequence[float]) -> Verdict:
+def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_seconds: float = 0.0) -> Verdict:
     """What to do after an attempt (Standard Webhooks, "Deliverability and reliability").
 
     Any 2xx delivers. A 410 ends it, as do a blocked address and a URL that is
-    none. Everything else is tried again while the schedule lasts, and
-    `Retry-After` can only lengthen the wait.
+    none. Everything else, a redirect included, is tried again while the schedule
+    lasts, and `Retry-After` can only lengthen the wait.
+
+    A fault of our own network spends no attempt. So that one which never ends, as
+    of an address that we have no route to, does not keep a delivery for ever, it
+    counts like any other once the event is older than the whole schedule.
 
     Args:
-        attempt: which attempt the receipt is of, 1 for the first.
+        attempt: which attempt of the schedule the receipt is of, 1 for the first.
         receipt: what happened.
         schedule: seconds before each attempt, the first included.
+        age_seconds: since the event happened.
     """
     if receipt.outcome is Outcome.SUCCESS:
         return Verdict(DeliveryStatus.DELIVERED)
+    if receipt.outcome is Outcome.LOCAL_FAULT and age_seconds < max(sum(schedule), LOCAL_FAULT_SECONDS):
+        return Verdict(DeliveryStatus.PENDING, backoff.spread(LOCAL_FAULT_SECONDS), spends=False)
     wait = backoff.scheduled_wait(schedule, attempt)
     if receipt.outcome in HOPELESS or receipt.status_code == GONE or wait is None:
         return Verdict(DeliveryStatus.EXHAUSTED)

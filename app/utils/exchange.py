@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Outcome(StrEnum):
     BLOCKED = "blocked"
     """The rules refuse the URL or an address of its host; nothing was sent."""
     INVALID_URL = "invalid_url"
+    LOCAL_FAULT = "local_fault"
+    """Our own side failed: no route, no name server, no socket left. It says nothing about the receiver."""
 
 
 def readable(raw: bytes) -> str:
@@ -106,6 +109,13 @@ def outcome_of_status(status_code: int) -> Outcome:
     return words.get(status_code // 100, Outcome.HTTP_5XX)
 
 
+_OUR_FAULTS = frozenset(
+    {
+        errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENETDOWN, errno.ENETUNREACH, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+    }
+)  # fmt: skip
+"""What the kernel says when it can't even try. A host that can't be reached may be down itself, and is not here."""
+
 _WORDS: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
     ((pinned.Blocked, guard.ForbiddenUrlError), Outcome.BLOCKED),
     ((pinned.Unresolvable,), Outcome.DNS_ERROR),
@@ -128,7 +138,15 @@ def outcome_of(failure: Exception | None) -> Outcome:
     while isinstance(error, BaseException) and error not in chain:
         chain.append(error)
         error = error.__cause__ or next(iter(error.args), None)
+    if any(_is_ours(known) for known in chain):
+        return Outcome.LOCAL_FAULT
     for kinds, word in _WORDS:
         if any(isinstance(known, kinds) for known in chain):
             return word
     return Outcome.CONNECT_ERROR
+
+
+def _is_ours(error: BaseException) -> bool:
+    if isinstance(error, pinned.ResolverAway):
+        return True
+    return isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno in _OUR_FAULTS

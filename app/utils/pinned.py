@@ -33,6 +33,12 @@ class Unresolvable(httpcore.ConnectError):
     """The host has no address, or the resolver did not name one in time."""
 
 
+class ResolverAway(Unresolvable):
+    """The resolver gave no answer: nothing is known about the host."""
+
+
+_NO_ANSWER = frozenset({socket.EAI_AGAIN, socket.EAI_SYSTEM})
+
 Lookup = Callable[[str, int], Sequence[str]]
 """A blocking look-up: host and port to address texts. `OSError` if there are none."""
 
@@ -65,15 +71,18 @@ class Resolver:
         """Every address of the host, from one look-up.
 
         Raises:
-            Unresolvable: if there is none, or none in time.
+            ResolverAway: if the resolver does not answer, or not in time.
+            Unresolvable: if there is none.
         """
         job = asyncio.get_running_loop().run_in_executor(self._executor, self._lookup, host, port)
         try:
             found = await asyncio.wait_for(job, self._timeout_seconds)
             addresses = tuple(dict.fromkeys(ip_address(text) for text in found))
         except TimeoutError:
-            raise Unresolvable("the resolver did not answer in time") from None
+            raise ResolverAway("the resolver did not answer in time") from None
         except (OSError, ValueError) as error:
+            if isinstance(error, socket.gaierror) and error.errno in _NO_ANSWER:
+                raise ResolverAway("the resolver did not answer") from error
             raise Unresolvable("the host has no address") from error
         if not addresses:
             raise Unresolvable("the host has no address")

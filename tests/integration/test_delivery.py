@@ -295,6 +295,20 @@ async def test_an_attempt_that_was_superseded_or_handed_back_is_not_kept(db: Dat
     assert await delivery.attempts(db, task_id, limit=10) == []
 
 
+async def test_a_fault_of_our_own_is_seen_and_gives_its_attempt_back(db: Database) -> None:
+    task_id = await ended(db)
+    first = await claim_one(db)
+    ours = Receipt(outcome=Outcome.LOCAL_FAULT)
+    assert await delivery.settle(db, first, ours, delivery.Verdict(DeliveryStatus.PENDING, spends=False))
+    state = await delivery.state_of(db, task_id)
+    assert state is not None
+    assert (state.status, state.attempt, state.last_error) == ("pending", 0, "local_fault")
+    assert await delivery.attempts(db, task_id, limit=10) == []
+    second = await claim_one(db)
+    assert (second.attempt, second.scheduled_attempt) == (1, 1)
+    assert 0 < second.age_seconds < 60
+
+
 async def test_attempts_go_with_their_task(db: Database) -> None:
     await ended(db)
     await delivery.settle(db, await claim_one(db), OK, DELIVERED)

@@ -34,6 +34,7 @@ def claimed(**changes: Any) -> delivery.Claimed:
         "sequence": 1,
         "attempt": 1,
         "scheduled_attempt": 1,
+        "age_seconds": 0.0,
         "token": UUID(int=3),
         "claimed_at": datetime(2026, 1, 31, 12, 0, 9, tzinfo=timezone.utc),  # noqa: UP017
         "traceparent": None,
@@ -85,6 +86,19 @@ def test_an_attempt_is_judged_by_its_receipt(
     assert least <= verdict.wait_seconds <= most
 
 
+@pytest.mark.parametrize("attempt", [1, 2, 10, 99])
+def test_a_fault_of_our_own_network_spends_no_attempt(attempt: int) -> None:
+    verdict = delivery.decide(attempt, receipt("local_fault"), SCHEDULE, age_seconds=sum(SCHEDULE) - 1)
+    assert (verdict.status, verdict.spends) == ("pending", False)
+    assert 48 <= verdict.wait_seconds <= 72
+
+
+@pytest.mark.parametrize(("attempt", "status"), [(1, "pending"), (9, "pending"), (10, "exhausted")])
+def test_a_fault_of_our_own_network_that_never_ends_is_not_tried_for_ever(attempt: int, status: str) -> None:
+    verdict = delivery.decide(attempt, receipt("local_fault"), SCHEDULE, age_seconds=sum(SCHEDULE))
+    assert (verdict.status, verdict.spends) == (status, True)
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 200),
@@ -96,7 +110,8 @@ def test_an_attempt_is_judged_by_its_receipt(
 def test_every_delivery_ends_and_no_wait_is_absurd(
     attempt: int, outcome: Outcome, status: int | None, asked: float | None, schedule: list[float]
 ) -> None:
-    verdict = delivery.decide(attempt, receipt(outcome, status, asked), schedule)
+    verdict = delivery.decide(attempt, receipt(outcome, status, asked), schedule, age_seconds=1e12)
+    assert verdict.spends
     assert (verdict.status is DeliveryStatus.DELIVERED) == (outcome is Outcome.SUCCESS)
     if attempt >= len(schedule):
         assert verdict.status is not DeliveryStatus.PENDING

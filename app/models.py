@@ -177,6 +177,8 @@ class WebhookDelivery(SQLModel, table=True):
         CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivery_dated"),
         Index("webhook_delivery_event", "task_id", "sequence", unique=True),
         Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
+        # From one origin to the next, and for each what is due.
+        Index("webhook_delivery_origin", "origin", "next_at", postgresql_where=text("status = 'pending'")),
         Index("webhook_delivery_created", "created_at", "id"),
         # Events in line, and those that have no place in it yet.
         Index("webhook_delivery_position", "position", postgresql_where=text("position IS NOT NULL")),
@@ -194,6 +196,8 @@ class WebhookDelivery(SQLModel, table=True):
     sequence: int = Field(sa_column=Column(Integer, nullable=False))
     """Its place among the events of its task, so that a receiver can drop stale ones."""
     url: str = Field(sa_column=Column(Text, nullable=False))
+    origin: str | None = Field(default=None, sa_column=Column(Text))
+    """Scheme, host and port of the URL: what a receiver is known by. NULL: written by an earlier release."""
     facts: str | None = Field(default=None, sa_column=Column(Text))
     """The JSON of the event without its outcome, as it was when it happened. NULL: written by an earlier release."""
     outcome: str | None = Field(default=None, sa_column=Column(Text))

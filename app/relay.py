@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import db, delivery, lifecycle, publisher
+from app import circuits, db, delivery, lifecycle, publisher
 from app.broker import END_OF_LINE, Broker
+from app.circuits import Circuits
 from app.core import errors, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
@@ -76,6 +77,8 @@ class Relay:
     connected_since: float | None = None
     answered_at: float = 0.0
     sending: set[asyncio.Task[None]] = field(default_factory=set)
+    circuits: Circuits = field(default_factory=Circuits)
+    walked_to: str = ""
     strays: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
 
@@ -192,12 +195,21 @@ class Relay:
         room = DELIVERIES_AT_ONCE - len(self.sending)
         if room <= 0:
             return 0
-        claimed = await delivery.claim_due(self.db, limit=room, lease_seconds=DELIVERY_LEASE_SECONDS)
-        for one in claimed:
+        due = await delivery.claim_by_origin(
+            self.db,
+            limit=room,
+            lease_seconds=DELIVERY_LEASE_SECONDS,
+            room=circuits.CAP,
+            rooms=self.circuits.rooms(time.monotonic()),
+            after=self.walked_to,
+        )
+        self.walked_to = due.walked_to
+        for one in due.claimed:
+            self.circuits.began(one.origin)
             task = asyncio.create_task(self._send(one))
             self.sending.add(task)
             task.add_done_callback(self.sending.discard)
-        return len(claimed)
+        return len(due.claimed)
 
     async def number_events(self) -> int:
         """Give new events their place in the line that can be asked for."""
@@ -247,14 +259,18 @@ class Relay:
             self.refused.discard(queue)
 
     async def _send(self, claimed: delivery.Claimed) -> None:
-        body = delivery.body(claimed, self.settings.webhook_payload)
-        receipt = await self.sender.post(
-            claimed.url,
-            webhook_id=str(claimed.id),
-            body=body,
-            traceparent=claimed.traceparent,
-            timestamp_seconds=int(claimed.claimed_at.timestamp()),
-        )
+        outcome = None
+        try:
+            receipt = await self.sender.post(
+                claimed.url,
+                webhook_id=str(claimed.id),
+                body=delivery.body(claimed, self.settings.webhook_payload),
+                traceparent=claimed.traceparent,
+                timestamp_seconds=int(claimed.claimed_at.timestamp()),
+            )
+            outcome = receipt.outcome
+        finally:
+            self.circuits.ended(claimed.origin, outcome, time.monotonic())
         verdict = delivery.decide(
             claimed.scheduled_attempt, receipt, self.settings.webhook_schedule, age_seconds=claimed.age_seconds
         )
@@ -335,7 +351,7 @@ async def serve(settings: Settings) -> None:
 def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     loops = [
         _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
-        _every(TICK_SECONDS, relay.deliver, "delivering webhooks"),
+        _every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
         _every(TICK_SECONDS, partial(_number, relay), "numbering events"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
@@ -354,6 +370,13 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
 async def _publish(relay: Relay, queue: str) -> None:
     while await relay.publish_due(queue) == BATCH:
         pass
+
+
+async def _deliver(relay: Relay) -> None:
+    # What has ended makes room at once; what never ends is not waited for.
+    while await relay.deliver() or relay.walked_to:
+        if relay.sending:
+            await asyncio.wait(relay.sending, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _number(relay: Relay) -> None:

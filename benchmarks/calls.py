@@ -186,6 +186,7 @@ async def _webhooks(side: Side, operations: int) -> Calls:
         yield "redeliver, 10 looked at", lambda: _redeliver(db, since)
     for _ in range(_some(operations, 20)):
         yield "claim_due, none", lambda: delivery.claim_due(db, limit=100, lease_seconds=60.0)
+        yield "count_due", lambda: delivery.count_due(db)
 
 
 async def _claim_due(side: Side) -> None:

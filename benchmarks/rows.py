@@ -65,8 +65,9 @@ UPDATE task SET status = 'STARTED', attempt = 1, token = gen_random_uuid(), work
                ORDER BY queue, position DESC LIMIT $1)
 """
 _TELL = """
-INSERT INTO webhook_delivery (id, task_id, event, sequence, url, attempt, next_at)
-SELECT gen_random_uuid(), id, 'task.succeeded', 1, 'https://receiver.example/hook', 3, now() + interval '1 hour'
+INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, attempt, next_at)
+SELECT gen_random_uuid(), id, 'task.succeeded', 1, 'https://receiver.example/hook',
+       'https://receiver.example', 3, now() + interval '1 hour'
   FROM (SELECT id FROM task WHERE finished_at IS NOT NULL AND webhook_url IS NULL
          ORDER BY finished_at DESC LIMIT $1) AS newest
 """

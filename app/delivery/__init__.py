@@ -14,7 +14,7 @@ under one id.
 
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
 from app.delivery.feed import Event, events, number
-from app.delivery.outbox import EXCERPT_BYTES, Claimed, claim_due, count_due, release, settle
+from app.delivery.outbox import EXCERPT_BYTES, Claimed, Due, claim_by_origin, claim_due, count_due, release, settle
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
 from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide
@@ -28,6 +28,7 @@ __all__ = [
     "Attempt",
     "Batch",
     "Claimed",
+    "Due",
     "Event",
     "Mark",
     "Redelivery",
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "attempts",
     "body",
+    "claim_by_origin",
     "claim_due",
     "count_due",
     "decide",

@@ -74,12 +74,18 @@ def intend(source: str, of: Collection[TaskStatus] = TERMINAL) -> str:
     # `source` is a name that our own statements use, never input.
     event = f"({_event(f'{source}.status', of)})"
     return f"""
-    INSERT INTO webhook_delivery (id, task_id, event, sequence, url, facts, outcome)
+    INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, facts, outcome)
     SELECT gen_random_uuid(), {source}.id, {event}, {source}.event_sequence, {source}.webhook_url,
-           {facts_of(source, event, f"{source}.event_sequence")}, {outcome_of(source)}
+           {origin_of(f"{source}.webhook_url")}, {facts_of(source, event, f"{source}.event_sequence")},
+           {outcome_of(source)}
       FROM {source}
      WHERE {_wanted(event, source)}
     """
+
+
+def origin_of(url: str) -> str:
+    """SQL for scheme, host and port of a URL that was admitted, and is in its normal form."""
+    return f"substring({url} FROM '^[a-z]+://[^/?#]+')"
 
 
 def facts_of(source: str, event: str, sequence: str) -> str:

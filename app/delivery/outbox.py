@@ -1,17 +1,19 @@
 """The statements that move a delivery: claimed by a relay, settled by a receipt, or handed back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from app.db import Database
+from app.db import Database, Record
 from app.delivery.events import facts_of, outcome_of
 from app.delivery.rules import Verdict
 from app.utils.webhook import Outcome, Receipt
 
 EXCERPT_BYTES = 4096
 """What is kept of an answer, as UTF-8."""
+ORIGINS_AT_ONCE = 500
+"""Origins that one claim looks at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +22,7 @@ class Claimed:
 
     Attributes:
         id: the `webhook-id`, the same for every attempt.
+        origin: scheme, host and port of the URL; empty if an earlier release has written it.
         attempt: which attempt this is, 1 for the first.
         scheduled_attempt: which one since the schedule began, or began anew.
         age_seconds: since the event happened.
@@ -32,6 +35,7 @@ class Claimed:
     id: UUID
     task_id: UUID
     url: str
+    origin: str
     event: str
     sequence: int
     attempt: int
@@ -49,39 +53,108 @@ class Claimed:
 FACTS = f"COALESCE(d.facts, {facts_of('t', 'd.event', 'd.sequence')})"
 OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} END"
 
-# Two searches, so that each walks its own partial index in order and stops at the limit.
+# From origin to origin, as many of each as there is room for, until there are enough: what is due to a receiver that
+# is dead is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
+# of the origins is the order of the search, and it goes on where the one before has ended.
 _CLAIM_DUE = f"""
-WITH orphaned AS (
+WITH RECURSIVE orphaned AS (
     SELECT id FROM webhook_delivery
      WHERE status = 'delivering' AND lease_until < now()
      ORDER BY lease_until LIMIT $1 FOR UPDATE SKIP LOCKED
-), due AS (
+), nameless AS (
     SELECT id FROM webhook_delivery
-     WHERE status = 'pending' AND next_at <= now()
+     WHERE status = 'pending' AND origin IS NULL AND next_at <= now()
      ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
+), walk (origin, steps) AS (
+    (SELECT origin, 1 FROM webhook_delivery
+      WHERE status = 'pending' AND origin > $3 ORDER BY origin LIMIT 1)
+    UNION ALL
+    SELECT (SELECT origin FROM webhook_delivery
+             WHERE status = 'pending' AND origin > walk.origin ORDER BY origin LIMIT 1), steps + 1
+      FROM walk WHERE origin IS NOT NULL AND steps < $4
+), due AS (
+    SELECT one.id FROM walk, LATERAL (
+        SELECT id FROM webhook_delivery
+         WHERE status = 'pending' AND origin = walk.origin AND next_at <= now()
+         ORDER BY next_at
+         LIMIT COALESCE((SELECT room FROM unnest($6::text[], $7::int[]) AS narrow (origin, room)
+                          WHERE narrow.origin = walk.origin), $5)
+           FOR UPDATE SKIP LOCKED) AS one
+     LIMIT $1
 ), chosen AS (
-    SELECT id FROM orphaned UNION ALL SELECT id FROM due LIMIT $1
+    SELECT id FROM orphaned UNION ALL SELECT id FROM nameless UNION ALL SELECT id FROM due LIMIT $1
+), claimed AS (
+    UPDATE webhook_delivery d
+       SET status = 'delivering', attempt = d.attempt + 1, token = gen_random_uuid(),
+           lease_until = now() + make_interval(secs => $2)
+      FROM chosen, task t
+     WHERE d.id = chosen.id AND t.id = d.task_id
+    RETURNING d.id, d.task_id, d.url, COALESCE(d.origin, '') AS origin, d.event, d.sequence, d.attempt,
+              d.attempt - d.earlier_attempts AS scheduled_attempt,
+              extract(epoch FROM now() - d.created_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
+              t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
 )
-UPDATE webhook_delivery d
-   SET status = 'delivering', attempt = d.attempt + 1, token = gen_random_uuid(),
-       lease_until = now() + make_interval(secs => $2)
-  FROM chosen, task t
- WHERE d.id = chosen.id AND t.id = d.task_id
-RETURNING d.id, d.task_id, d.url, d.event, d.sequence, d.attempt,
-          d.attempt - d.earlier_attempts AS scheduled_attempt,
-          extract(epoch FROM now() - d.created_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
-          t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
+SELECT w.walked, w.walked_to, (SELECT max(origin) FROM claimed) AS taken_to, claimed.*
+  FROM (SELECT count(origin) AS walked, max(origin) AS walked_to FROM walk) AS w LEFT JOIN claimed ON true
 """
 
 
-async def claim_due(db: Database, *, limit: int, lease_seconds: float) -> list[Claimed]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """What was claimed.
+
+    Attributes:
+        claimed: the deliveries.
+        walked_to: where the next search goes on; empty when all origins were looked at.
+    """
+
+    claimed: list[Claimed]
+    walked_to: str
+
+
+async def claim_by_origin(
+    db: Database,
+    *,
+    limit: int,
+    lease_seconds: float,
+    room: int,
+    rooms: Mapping[str, int] | None = None,
+    after: str = "",
+) -> Due:
     """Claim deliveries that are due, and those whose relay let its lease run out, up to `limit`.
 
     Any number of relays may do so at once: none waits for another, none gets what
     another has. A lease must outlast the deadline of the POST.
+
+    Args:
+        db: where.
+        limit: deliveries in all.
+        lease_seconds: how long they are this relay's.
+        room: deliveries to one origin.
+        rooms: the same for some origins, where it is less.
+        after: the origin that the search before has come to.
     """
-    rows = await db.fetch(_CLAIM_DUE, limit, lease_seconds)
-    return [Claimed(**dict(row)) for row in rows]
+    narrow = rooms or {}
+    rows = await db.fetch(
+        _CLAIM_DUE, limit, lease_seconds, after, ORIGINS_AT_ONCE, room, list(narrow), list(narrow.values())
+    )
+    claimed = [_claimed(row) for row in rows if row["id"] is not None]
+    # Stopped in the middle, it goes on behind the last origin that it took something of.
+    full, more = len(claimed) == limit, rows[0]["walked"] == ORIGINS_AT_ONCE
+    end = rows[0]["taken_to"] if full else rows[0]["walked_to"] if more else None
+    return Due(claimed=claimed, walked_to=end or "")
+
+
+async def claim_due(db: Database, *, limit: int, lease_seconds: float) -> list[Claimed]:
+    """As `claim_by_origin`, whoever the receivers are."""
+    return (await claim_by_origin(db, limit=limit, lease_seconds=lease_seconds, room=limit)).claimed
+
+
+def _claimed(row: Record) -> Claimed:
+    columns = dict(row)
+    for of_the_search in ("walked", "walked_to", "taken_to"):
+        del columns[of_the_search]
+    return Claimed(**columns)
 
 
 # The attempt is written by the statement that settles it: none is kept that did not count, none counts unseen.

@@ -30,6 +30,7 @@ def claimed(**changes: Any) -> delivery.Claimed:
         "id": UUID(int=1),
         "task_id": UUID(int=2),
         "url": "https://example.com/",
+        "origin": "https://example.com",
         "event": "task.succeeded",
         "sequence": 1,
         "attempt": 1,

@@ -1,0 +1,127 @@
+"""How much of a relay one receiver may have: a cap, and a circuit breaker, for each origin.
+
+    closed ──THRESHOLD failures in a row──▶ open ──its time is over──▶ half-open
+       ▲                                      ▲                          │   │
+       └──────────── any answer ──────────────┼──────────────────────────┘   │
+                                              └── the probe fails, twice as long ┘
+
+What is not sent to an origin waits in its rows and spends no attempt. Every relay
+has its own view, in memory: it costs nothing to form a new one.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from app.utils.webhook import Outcome
+
+CAP = 10
+"""Requests that are on their way to one origin at once."""
+THRESHOLD = 5
+"""Failures in a row after which nothing is sent to an origin."""
+OPEN_SECONDS = 15.0
+LONGEST_OPEN_SECONDS = 120.0
+FORGET_SECONDS = 3600.0
+"""After that without a request, an origin that failed is as unknown as any other."""
+
+_FAILURES = frozenset(
+    {
+        Outcome.TIMEOUT, Outcome.CONNECT_ERROR, Outcome.TLS_ERROR, Outcome.DNS_ERROR, Outcome.HTTP_5XX,
+        Outcome.HTTP_429,
+    }
+)  # fmt: skip
+_SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT})
+"""What says nothing of the receiver: it was not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """What is known of an origin.
+
+    Attributes:
+        failures: in a row.
+        open_until: monotonic time of the next probe; None while closed.
+        open_seconds: how long it was opened for.
+        changed_at: monotonic time of what was learnt last.
+    """
+
+    failures: int = 0
+    open_until: float | None = None
+    open_seconds: float = 0.0
+    changed_at: float = 0.0
+
+
+CLOSED = Circuit()
+
+
+def after(circuit: Circuit, outcome: Outcome, now: float) -> Circuit:
+    """What is known after one more request has ended.
+
+    Args:
+        circuit: what was known.
+        outcome: of the request. An answer of 4xx is one of a server that lives.
+        now: monotonic, in seconds.
+    """
+    if outcome in _SILENT:
+        return circuit
+    if outcome not in _FAILURES:
+        return CLOSED
+    failed = replace(circuit, failures=circuit.failures + 1, changed_at=now)
+    if circuit.open_until is None:
+        if failed.failures < THRESHOLD:
+            return failed
+        return replace(failed, open_until=now + OPEN_SECONDS, open_seconds=OPEN_SECONDS)
+    if now < circuit.open_until:
+        return failed  # It was under way when the circuit opened.
+    longer = min(circuit.open_seconds * 2, LONGEST_OPEN_SECONDS)
+    return replace(failed, open_until=now + longer, open_seconds=longer)
+
+
+def room(circuit: Circuit, on_their_way: int, now: float) -> int:
+    """How many more requests may be sent to an origin now.
+
+    Args:
+        circuit: what is known of it.
+        on_their_way: requests to it that have not ended.
+        now: monotonic, in seconds.
+    """
+    if circuit.open_until is None:
+        return max(0, CAP - on_their_way)
+    return 1 if now >= circuit.open_until and on_their_way == 0 else 0
+
+
+class Circuits:
+    """All origins that a relay sends to, or has failed to."""
+
+    def __init__(self) -> None:
+        self._on_their_way: Counter[str] = Counter()
+        self._known: dict[str, Circuit] = {}
+
+    def began(self, origin: str) -> None:
+        """A request is on its way."""
+        self._on_their_way[origin] += 1
+
+    def ended(self, origin: str, outcome: Outcome | None, now: float) -> None:
+        """A request has ended; `outcome` is None if it was given up from here."""
+        self._on_their_way[origin] -= 1
+        if not self._on_their_way[origin]:
+            del self._on_their_way[origin]
+        if outcome is None:
+            return
+        known = after(self._known.get(origin, CLOSED), outcome, now)
+        if known == CLOSED:
+            self._known.pop(origin, None)
+        else:
+            self._known[origin] = known
+
+    def rooms(self, now: float) -> Mapping[str, int]:
+        """For each origin that may not have the whole `CAP`: how many more requests it may have."""
+        for origin in [one for one, known in self._known.items() if now - known.changed_at > FORGET_SECONDS]:
+            del self._known[origin]
+        concerned = self._on_their_way.keys() | self._known.keys()
+        rooms = {one: room(self._known.get(one, CLOSED), self._on_their_way[one], now) for one in concerned}
+        return {origin: left for origin, left in rooms.items() if left < CAP}
+
+    def opened(self, now: float) -> int:
+        """How many origins nothing is sent to."""
+        return sum(known.open_until is not None and now < known.open_until for known in self._known.values())

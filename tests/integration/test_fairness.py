@@ -1,0 +1,150 @@
+"""No receiver suffers from another: a black hole with thousands of webhooks due, and hundreds of healthy ones."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from app import circuits, delivery
+from app import relay as relays
+from app.broker import Broker
+from app.core import stopping
+from app.core.config import Settings
+from app.db import Database
+from app.relay import Relay
+from app.utils import guard, pinned
+from app.utils.webhook import Sender
+from tests.conftest import settings_for
+from tests.support.database import opened
+from tests.support.receiver import Receiver
+from tests.support.waiting import until
+
+HEALTHY = 300
+DEAD = 3000
+DEADLINE_SECONDS = 15.0
+
+# Older by an hour, so that whoever goes by age alone takes them first.
+_DUE = """
+WITH t AS (
+    INSERT INTO task (id, name, queue, args, kwargs) SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}'
+      FROM generate_series(1, $1::int) RETURNING id
+)
+INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, facts, next_at)
+SELECT gen_random_uuid(), id, 'task.started', 1, origin || '/hook', origin, '{}', now() - $3::float8 * interval '1 s'
+  FROM (SELECT id, replace($2, '#', (row_number() OVER ())::text) AS origin FROM t) AS one
+"""
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[Database]:
+    async with opened(settings) as database:
+        yield database
+
+
+@pytest.fixture
+async def relay(db: Database, postgres_url: str, redis_url: str) -> AsyncIterator[Relay]:
+    """Every name leads to loopback."""
+    settings = settings_for(postgres_url, redis_url, TASKQUEUE_WEBHOOK_ALLOW_PRIVATE=True)
+    wire = Broker(redis_url, client_name="test")
+
+    def lookup(*_: Any) -> list[str]:
+        return ["127.0.0.1"]
+
+    sender = Sender(
+        guard.EgressRules.from_settings(settings),
+        deadline_seconds=DEADLINE_SECONDS,
+        resolver=pinned.Resolver(lookup),
+    )
+    async with sender:
+        one = Relay(settings, db, wire, sender)
+        yield one
+        await stopping.stop(*one.sending)
+    await wire.close()
+
+
+@contextlib.contextmanager
+def black_hole() -> Iterator[int]:
+    """Takes connections, and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
+        yield int(listening.getsockname()[1])
+
+
+async def due(db: Database, count: int, origin: str, *, since_seconds: float = 0.0) -> None:
+    await db.execute(_DUE, count, origin, since_seconds)
+
+
+async def statuses(db: Database, like: str) -> Counter[str]:
+    rows = await db.fetch(
+        "SELECT status, count(*) AS n FROM webhook_delivery WHERE origin LIKE $1 GROUP BY status", like
+    )
+    return Counter({row["status"]: row["n"] for row in rows})
+
+
+async def test_a_black_hole_does_not_keep_healthy_receivers_waiting(relay: Relay, db: Database) -> None:
+    with Receiver() as receiver, black_hole() as port:
+        await due(db, DEAD, f"http://dead.test:{port}", since_seconds=3600.0)
+        await due(db, HEALTHY, f"http://healthy-#.test:{receiver.port}")
+        began = time.monotonic()
+        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+
+        async def all_delivered() -> bool:
+            return (await statuses(db, "http://healthy%"))["delivered"] == HEALTHY
+
+        await until(all_delivered, DEADLINE_SECONDS - 1.0, "the healthy ones, before a single dead one has timed out")
+        took = time.monotonic() - began
+        dead = await statuses(db, "http://dead%")
+        await stopping.stop(loop)
+    assert dead == {"delivering": circuits.CAP, "pending": DEAD - circuits.CAP}, took
+
+
+async def test_a_receiver_that_fails_is_left_alone_and_then_probed(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuits, "OPEN_SECONDS", 0.3)
+    answers = iter([500] * circuits.CAP)
+    with Receiver(lambda _: next(answers, 200)) as receiver:
+        await due(db, 3 * circuits.CAP, receiver.url)
+        assert await relay.deliver() == circuits.CAP
+        await until(lambda: not relay.sending, what="the failures")
+        assert relay.circuits.opened(time.monotonic()) == 1
+        assert await relay.deliver() == 0
+        assert (await statuses(db, "%"))["pending"] == 3 * circuits.CAP
+        assert await db.fetchval("SELECT sum(attempt) FROM webhook_delivery") == circuits.CAP
+
+        assert await until(relay.deliver, what="the probe") == 1
+        await until(lambda: not relay.sending, what="the end of the probe")
+        assert await relay.deliver() == circuits.CAP
+
+
+async def test_the_search_goes_from_origin_to_origin_and_begins_again(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.outbox, "ORIGINS_AT_ONCE", 4)
+    for name in "abcdefghij":
+        await due(db, 5, f"https://{name}.example")
+    await due(db, 3, "https://blocked.example")
+
+    seen: list[list[str]] = []
+    after = ""
+    for _ in range(5):
+        found = await delivery.claim_by_origin(
+            db, limit=6, lease_seconds=30.0, room=2, rooms={"https://blocked.example": 0}, after=after
+        )
+        seen.append(sorted({one.origin.removeprefix("https://")[0] for one in found.claimed}))
+        after = found.walked_to
+    # Two of each: of the first three; `b` again would be `blocked`, which has no room.
+    assert seen[0] == ["a", "b", "c"]
+    assert [name for names in seen[:4] for name in names] == list("abcdefghij")
+    assert seen[4] == ["a", "b", "c"]
+
+
+async def test_rows_of_an_earlier_release_have_no_origin_and_are_sent(db: Database) -> None:
+    await due(db, 2, "https://example.com")
+    await db.execute("UPDATE webhook_delivery SET origin = NULL")
+    found = await delivery.claim_by_origin(db, limit=10, lease_seconds=30.0, room=1)
+    assert [one.origin for one in found.claimed] == ["", ""]

@@ -19,30 +19,38 @@ EARLY_CLAIM_SECONDS = 1.0
 # A claim need not be durable: if Postgres dies before it is, the row is as it was, and the random
 # token keeps the forgotten claimant from writing. A claim repeated with its own token succeeds,
 # which also heals a lost answer.
-# The newest event of a claim that is repeated is the one that it wrote the first time, so it is there already.
-_BEGUN = frozenset({TaskStatus.STARTED})
-_CLAIM = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
-claimed AS (
-    UPDATE task
+_START = """
        SET status = 'STARTED', attempt = $3 + 1, token = $4, worker = $5, started_at = now(),
-           lease_until = now() + make_interval(secs => $6),
-           event_sequence = event_sequence
-                          + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)}
-      FROM quick
+           lease_until = now() + make_interval(secs => $6)"""
+_MAY_START = """
      WHERE id = $1 AND name = $2 AND NOT cancel_requested
        AND (status IN ('PENDING', 'RETRY') AND attempt = $3
                 AND run_at <= now() + make_interval(secs => $7)
                 AND (expires_at IS NULL OR expires_at > now())
-            OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)
-    RETURNING {delivery.told_columns()}, queue, args, kwargs, failures, crashes, losses, refusals, max_retries,
-              time_limit, traceparent, run_at
+            OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)"""
+_WAITED = "GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds"
+_TO_RUN = "queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent"
+_CLAIM = f"""
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
+    UPDATE task {_START} FROM quick {_MAY_START} AND COALESCE('task.started' <> ALL (webhook_events), true)
+ RETURNING {_TO_RUN}, {_WAITED}
+"""
+
+# For those that want to hear of it, and for messages that claim nothing: no other claim pays for an INSERT that it
+# does not need. The newest event of a claim that is repeated is the one that it wrote the first time.
+_BEGUN = frozenset({TaskStatus.STARTED})
+_CLAIM_AND_TELL = f"""
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+claimed AS (
+    UPDATE task {_START},
+           event_sequence = event_sequence
+                          + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)}
+      FROM quick {_MAY_START}
+    RETURNING {delivery.told_columns()}, {_TO_RUN}, run_at
 ), hook AS (
-    {delivery.intend("claimed", _BEGUN)} ON CONFLICT (task_id, sequence) DO NOTHING
+    {delivery.intend("claimed", _BEGUN)} ON CONFLICT DO NOTHING
 )
-SELECT queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent,
-       GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds
-  FROM claimed
+SELECT {_TO_RUN}, {_WAITED} FROM claimed
 """
 
 
@@ -56,8 +64,7 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
         What to run; None if the message was a duplicate, stale, early, or its task is cancelled,
         expired or unknown.
     """
-    row = await db.fetchrow(
-        _CLAIM,
+    arguments = (
         wanted.task_id,
         name,
         wanted.attempt - 1,
@@ -66,6 +73,7 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
         lease_seconds,
         EARLY_CLAIM_SECONDS,
     )
+    row = await db.fetchrow(_CLAIM, *arguments) or await db.fetchrow(_CLAIM_AND_TELL, *arguments)
     if row is None:
         return None
     return Claimed(

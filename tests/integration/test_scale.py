@@ -18,6 +18,8 @@ SHORT = 200
 LONG = 6_000
 RUNNING = 12_000
 OPERATIONS = 20
+UNUSED = ["webhook_delivery_due"]
+"""The release before claims webhooks by it; a later one may drop it (docs/upgrading.md)."""
 TABLES = ("task", "task_tombstone", "webhook_delivery", "webhook_attempt")
 
 
@@ -88,7 +90,7 @@ async def test_without_any_one_of_the_indexes_some_call_reads_the_backlog(
             if not grown(short, await blocks(side)):
                 useless.append(index["name"])
             await connection.execute(index["definition"])
-    assert useless == []
+    assert useless == UNUSED
 
 
 async def _indexes(connection: Connection) -> list[asyncpg.Record]:

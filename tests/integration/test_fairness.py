@@ -6,22 +6,24 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from app import circuits, delivery
+from app import circuits, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
 from app.core import stopping
 from app.core.config import Settings
+from app.core.statuses import DeliveryStatus
 from app.db import Database
 from app.relay import Relay
 from app.utils import guard, pinned
 from app.utils.webhook import Sender
 from tests.conftest import settings_for
 from tests.support.database import opened
-from tests.support.receiver import Receiver
+from tests.support.receiver import Received, Receiver
 from tests.support.waiting import until
 
 HEALTHY = 300
@@ -148,3 +150,49 @@ async def test_rows_of_an_earlier_release_have_no_origin_and_are_sent(db: Databa
     await db.execute("UPDATE webhook_delivery SET origin = NULL")
     found = await delivery.claim_by_origin(db, limit=10, lease_seconds=30.0, room=1)
     assert [one.origin for one in found.claimed] == ["", ""]
+
+
+async def test_after_a_week_s_outage_one_call_and_the_line_of_events_bring_everything(
+    relay: Relay, db: Database
+) -> None:
+    """The clock is the rows': what was due at a time is made due by setting their times back."""
+    week = 7 * 86_400
+    answers = {"down": 503}
+    heard: list[str] = []
+
+    def answer(received: Received) -> int:
+        if answers["down"] == 200:
+            heard.append(received.headers["webhook-id"])
+        return answers["down"]
+
+    with Receiver(answer) as receiver:
+        tasks = 40
+        await due(db, tasks, receiver.url)
+        began = await lifecycle.clock(db)
+        for _ in range(len(relay.settings.webhook_schedule)):
+            relay.circuits = circuits.Circuits()  # A probe came through whenever it was time.
+            while await relay.deliver():
+                await until(lambda: not relay.sending, what="the refusals")
+                relay.circuits = circuits.Circuits()
+            await db.execute("UPDATE webhook_delivery SET next_at = now() WHERE status = 'pending'")
+        assert await statuses(db, "%") == {"exhausted": tasks}
+        await db.execute("UPDATE webhook_delivery SET created_at = created_at - $1 * interval '1 s'", float(week))
+
+        answers["down"] = 200
+        step = await delivery.redeliver_batch(
+            db,
+            since=began - timedelta(seconds=week + 60),
+            until=None,
+            statuses=(DeliveryStatus.EXHAUSTED, DeliveryStatus.PENDING),
+            after=None,
+            limit=1000,
+        )
+        assert (step.redelivered, step.end) == (tasks, None)
+        while await relay.deliver():
+            await until(lambda: not relay.sending, what="the deliveries")
+    assert await statuses(db, "%") == {"delivered": tasks}
+    ids = {str(row["id"]) for row in await db.fetch("SELECT id FROM webhook_delivery")}
+    assert Counter(heard) == dict.fromkeys(ids, 1), "each once, under the id that it had a week ago"
+
+    await delivery.number(db, limit=1000)
+    assert {str(one.id) for one in await delivery.events(db, after=0, limit=1000)} == ids

@@ -317,16 +317,16 @@ async def test_a_receiver_that_never_answers_well_exhausts_the_schedule_and_chan
 
 
 async def test_a_webhook_that_is_sent_again_has_the_whole_schedule_before_it(relay: Relay, db: Database) -> None:
-    with Receiver([500, 500, 500, 200]) as receiver:
+    with Receiver([500, 500, 500, 500, 200]) as receiver:
         task_id = await ended(db, receiver.url)
         await until(lambda: delivered(relay, task_id), what="the end of the schedule")
         assert await delivery.redeliver(db, task_id) is delivery.Redelivery.DUE
         await until(lambda: delivered(relay, task_id), what="the delivery")
         requests = receiver.requests
 
-    assert len(requests) == 4
+    assert len(requests) == 5
     assert len({(request.headers["webhook-id"], request.body) for request in requests}) == 1
-    assert [one.error for one in await delivery.attempts(db, task_id, limit=10)] == ["http_5xx"] * 3 + [None]
+    assert [one.error for one in await delivery.attempts(db, task_id, limit=10)] == ["http_5xx"] * 4 + [None]
 
 
 async def test_all_events_get_their_place_however_many(relay: Relay, db: Database) -> None:

@@ -17,9 +17,9 @@ from app.utils.webhook import Outcome
 
 CAP = 10
 """Requests that are on their way to one origin at once."""
-THRESHOLD = 5
-"""Failures in a row after which nothing is sent to an origin."""
-OPEN_SECONDS = 15.0
+THRESHOLD = 10
+"""Failures in a row after which nothing is sent to an origin: so many that one that fails every other time goes on."""
+OPEN_SECONDS = 5.0
 LONGEST_OPEN_SECONDS = 120.0
 FORGET_SECONDS = 3600.0
 """After that without a request, an origin that failed is as unknown as any other."""

@@ -9,7 +9,7 @@ from app.circuits import CAP, CLOSED, OPEN_SECONDS, THRESHOLD, Circuit, Circuits
 from app.utils.webhook import Outcome
 
 A = "https://a.example"
-OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, changed_at=85.0)
+OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, changed_at=95.0)
 
 
 @pytest.mark.parametrize(
@@ -17,20 +17,20 @@ OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, 
     [
         (CLOSED, "success", 1.0, CLOSED),
         (CLOSED, "timeout", 1.0, Circuit(failures=1, changed_at=1.0)),
-        (Circuit(failures=4, changed_at=1.0), "success", 2.0, CLOSED),
-        (Circuit(failures=4, changed_at=1.0), "http_4xx", 2.0, CLOSED),
-        (Circuit(failures=4, changed_at=1.0), "http_3xx", 2.0, CLOSED),
-        (Circuit(failures=4, changed_at=1.0), "blocked", 2.0, Circuit(failures=4, changed_at=1.0)),
-        (Circuit(failures=4, changed_at=1.0), "local_fault", 2.0, Circuit(failures=4, changed_at=1.0)),
-        (Circuit(failures=4, changed_at=1.0), "http_5xx", 2.0, Circuit(5, 2.0 + OPEN_SECONDS, OPEN_SECONDS, 2.0)),
+        (Circuit(failures=9, changed_at=1.0), "success", 2.0, CLOSED),
+        (Circuit(failures=9, changed_at=1.0), "http_4xx", 2.0, CLOSED),
+        (Circuit(failures=9, changed_at=1.0), "http_3xx", 2.0, CLOSED),
+        (Circuit(failures=9, changed_at=1.0), "blocked", 2.0, Circuit(failures=9, changed_at=1.0)),
+        (Circuit(failures=9, changed_at=1.0), "local_fault", 2.0, Circuit(failures=9, changed_at=1.0)),
+        (Circuit(failures=9, changed_at=1.0), "http_5xx", 2.0, Circuit(10, 2.0 + OPEN_SECONDS, OPEN_SECONDS, 2.0)),
         # What was under way when it opened changes nothing, unless it is an answer.
-        (OPEN, "timeout", 99.0, Circuit(6, 100.0, OPEN_SECONDS, 99.0)),
+        (OPEN, "timeout", 99.0, Circuit(11, 100.0, OPEN_SECONDS, 99.0)),
         (OPEN, "success", 99.0, CLOSED),
         # The probe.
         (OPEN, "success", 101.0, CLOSED),
-        (OPEN, "connect_error", 101.0, Circuit(6, 101.0 + 2 * OPEN_SECONDS, 2 * OPEN_SECONDS, 101.0)),
-        (Circuit(9, 0.0, 100.0, 0.0), "http_429", 1.0, Circuit(10, 121.0, 120.0, 1.0)),
-        (Circuit(9, 0.0, 120.0, 0.0), "dns_error", 1.0, Circuit(10, 121.0, 120.0, 1.0)),
+        (OPEN, "connect_error", 101.0, Circuit(11, 101.0 + 2 * OPEN_SECONDS, 2 * OPEN_SECONDS, 101.0)),
+        (Circuit(19, 0.0, 100.0, 0.0), "http_429", 1.0, Circuit(20, 121.0, 120.0, 1.0)),
+        (Circuit(19, 0.0, 120.0, 0.0), "dns_error", 1.0, Circuit(20, 121.0, 120.0, 1.0)),
     ],
 )
 def test_what_is_known_after_a_request(*, known: Circuit, outcome: str, now: float, then: Circuit) -> None:
@@ -44,7 +44,7 @@ def test_what_is_known_after_a_request(*, known: Circuit, outcome: str, now: flo
         (CLOSED, 3, 1.0, CAP - 3),
         (CLOSED, CAP, 1.0, 0),
         (CLOSED, CAP + 5, 1.0, 0),
-        (Circuit(failures=4), 0, 1.0, CAP),
+        (Circuit(failures=9), 0, 1.0, CAP),
         (OPEN, 0, 99.9, 0),
         (OPEN, 0, 100.0, 1),
         (OPEN, 1, 100.0, 0),
@@ -57,9 +57,9 @@ def test_how_much_may_be_sent(*, known: Circuit, on_their_way: int, now: float, 
 
 def test_only_origins_that_may_not_have_everything_are_named() -> None:
     known = Circuits()
-    for _ in range(THRESHOLD):
+    for number in range(THRESHOLD):
+        assert known.rooms(0.0) == ({A: CAP - number} if number else {})
         known.began(A)
-    assert known.rooms(0.0) == {A: CAP - THRESHOLD}
     for _ in range(THRESHOLD):
         known.ended(A, Outcome.TIMEOUT, 0.0)
     assert (known.rooms(1.0), known.opened(1.0)) == ({A: 0}, 1)

@@ -9,7 +9,7 @@ import httpcore
 import httpx
 import pytest
 
-from app.utils import exchange, guard, pinned
+from app.utils import exchange, guard, guarded, pinned
 from app.utils.exchange import Outcome
 
 RULES = guard.EgressRules()
@@ -30,9 +30,9 @@ class BrokenNetwork(httpcore.AsyncNetworkBackend):
 async def outcome(lookup: pinned.Lookup, error: OSError | None = None) -> Outcome:
     resolver = pinned.Resolver(lookup, timeout_seconds=0.05)
     network = None if error is None else BrokenNetwork(error)
-    transport = pinned.GuardedTransport(pinned.PinnedBackend(RULES, resolver, network), httpx.create_ssl_context())
+    transport = guarded.GuardedTransport(pinned.PinnedBackend(RULES, resolver, network), httpx.create_ssl_context())
     async with httpx.AsyncClient(transport=transport) as client:
-        with pytest.raises(httpx.TransportError) as raised:
+        with pytest.raises(httpcore.ConnectError) as raised:
             await client.post("https://receiver.example/")
     resolver.close()
     return exchange.outcome_of(raised.value)

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -166,6 +167,8 @@ class Proxy:
             task = asyncio.create_task(self._carry(client, self._flows))
             self._carried.add(task)
             task.add_done_callback(self._carried.discard)
+            # A task that is cancelled before its first step never gets to close what it was given.
+            task.add_done_callback(partial(_close, client))
 
     async def _carry(self, client: socket.socket, flows: asyncio.Event) -> None:
         with client, socket.socket() as server, contextlib.suppress(OSError):
@@ -200,6 +203,10 @@ class Proxy:
 def _address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     return parts.hostname or ports.ADDRESS, parts.port or 0
+
+
+def _close(client: socket.socket, _: asyncio.Task[None]) -> None:
+    client.close()
 
 
 async def _cancelled(*tasks: asyncio.Task[None]) -> None:

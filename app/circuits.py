@@ -1,11 +1,11 @@
-"""How much of a relay one receiver may have: a cap, and a circuit breaker, for each origin.
+"""How much of a relay one receiver may have: a cap, and a circuit breaker, for each owner and origin.
 
     closed ──THRESHOLD failures in a row──▶ open ──its time is over──▶ half-open
        ▲                                      ▲                          │   │
        └──────────── any answer ──────────────┼──────────────────────────┘   │
                                               └── the probe fails, twice as long ┘
 
-What is not sent to an origin waits in its rows and spends no attempt. Every relay
+What is not sent to a receiver waits in its rows and spends no attempt. Every relay
 has its own view, in memory: it costs nothing to form a new one.
 """
 
@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from app.delivery import Receiver
 from app.utils.webhook import Outcome
 
 CAP = 10
-"""Requests that are on their way to one origin at once."""
+"""Requests that are on their way to one receiver at once."""
 THRESHOLD = 10
-"""Failures in a row after which nothing is sent to an origin: so many that one that fails every other time goes on."""
+"""Failures in a row after which nothing is sent to a receiver: so many that one that fails every other time goes on."""
 OPEN_SECONDS = 5.0
 LONGEST_OPEN_SECONDS = 120.0
 FORGET_SECONDS = 3600.0
-"""After that without a request, an origin that failed is as unknown as any other."""
+"""After that without a request, a receiver that failed is as unknown as any other."""
 
 _FAILURES = frozenset(
     {
@@ -36,7 +37,7 @@ _SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT})
 
 @dataclass(frozen=True, slots=True)
 class Circuit:
-    """What is known of an origin.
+    """What is known of a receiver.
 
     Attributes:
         failures: in a row.
@@ -78,7 +79,7 @@ def after(circuit: Circuit, outcome: Outcome, now: float) -> Circuit:
 
 
 def room(circuit: Circuit, on_their_way: int, now: float) -> int:
-    """How many more requests may be sent to an origin now.
+    """How many more requests may be sent to a receiver now.
 
     Args:
         circuit: what is known of it.
@@ -91,37 +92,37 @@ def room(circuit: Circuit, on_their_way: int, now: float) -> int:
 
 
 class Circuits:
-    """All origins that a relay sends to, or has failed to."""
+    """All receivers that a relay sends to, or has failed to."""
 
     def __init__(self) -> None:
-        self._on_their_way: Counter[str] = Counter()
-        self._known: dict[str, Circuit] = {}
+        self._on_their_way: Counter[Receiver] = Counter()
+        self._known: dict[Receiver, Circuit] = {}
 
-    def began(self, origin: str) -> None:
+    def began(self, receiver: Receiver) -> None:
         """A request is on its way."""
-        self._on_their_way[origin] += 1
+        self._on_their_way[receiver] += 1
 
-    def ended(self, origin: str, outcome: Outcome | None, now: float) -> None:
+    def ended(self, receiver: Receiver, outcome: Outcome | None, now: float) -> None:
         """A request has ended; `outcome` is None if it was given up from here."""
-        self._on_their_way[origin] -= 1
-        if not self._on_their_way[origin]:
-            del self._on_their_way[origin]
+        self._on_their_way[receiver] -= 1
+        if not self._on_their_way[receiver]:
+            del self._on_their_way[receiver]
         if outcome is None:
             return
-        known = after(self._known.get(origin, CLOSED), outcome, now)
+        known = after(self._known.get(receiver, CLOSED), outcome, now)
         if known == CLOSED:
-            self._known.pop(origin, None)
+            self._known.pop(receiver, None)
         else:
-            self._known[origin] = known
+            self._known[receiver] = known
 
-    def rooms(self, now: float) -> Mapping[str, int]:
-        """For each origin that may not have the whole `CAP`: how many more requests it may have."""
-        for origin in [one for one, known in self._known.items() if now - known.changed_at > FORGET_SECONDS]:
-            del self._known[origin]
+    def rooms(self, now: float) -> Mapping[Receiver, int]:
+        """For each receiver that may not have the whole `CAP`: how many more requests it may have."""
+        for receiver in [one for one, known in self._known.items() if now - known.changed_at > FORGET_SECONDS]:
+            del self._known[receiver]
         concerned = self._on_their_way.keys() | self._known.keys()
         rooms = {one: room(self._known.get(one, CLOSED), self._on_their_way[one], now) for one in concerned}
-        return {origin: left for origin, left in rooms.items() if left < CAP}
+        return {receiver: left for receiver, left in rooms.items() if left < CAP}
 
     def opened(self, now: float) -> int:
-        """How many origins nothing is sent to."""
+        """How many receivers nothing is sent to."""
         return sum(known.open_until is not None and now < known.open_until for known in self._known.values())

@@ -105,6 +105,8 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     """What its submitter wants to hear of; NULL: how it ended."""
     event_sequence: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
     """How many of its events were told."""
+    owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """On whose behalf it was submitted; empty where nobody has to say who they are."""
     rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
     """The ended task that this one runs again."""
     traceparent: str | None = Field(default=None, sa_column=Column(Text))
@@ -177,8 +179,14 @@ class WebhookDelivery(SQLModel, table=True):
         CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivery_dated"),
         Index("webhook_delivery_event", "task_id", "sequence", unique=True),
         Index("webhook_delivery_due", "next_at", postgresql_where=text("status = 'pending'")),
-        # From one origin to the next, and for each what is due.
-        Index("webhook_delivery_origin", "origin", "next_at", postgresql_where=text("status = 'pending'")),
+        # From one receiver to the next, and for each what is due.
+        Index(
+            "webhook_delivery_receiver",
+            "owner",
+            "origin",
+            "next_at",
+            postgresql_where=text("status = 'pending' AND origin IS NOT NULL"),
+        ),
         Index("webhook_delivery_created", "created_at", "id"),
         # Events in line, and those that have no place in it yet.
         Index("webhook_delivery_position", "position", postgresql_where=text("position IS NOT NULL")),
@@ -196,8 +204,10 @@ class WebhookDelivery(SQLModel, table=True):
     sequence: int = Field(sa_column=Column(Integer, nullable=False))
     """Its place among the events of its task, so that a receiver can drop stale ones."""
     url: str = Field(sa_column=Column(Text, nullable=False))
+    owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """That of its task. Empty also where an earlier release has written it."""
     origin: str | None = Field(default=None, sa_column=Column(Text))
-    """Scheme, host and port of the URL: what a receiver is known by. NULL: written by an earlier release."""
+    """Scheme, host and port of the URL: with the owner, what a receiver is known by. NULL: of an earlier release."""
     facts: str | None = Field(default=None, sa_column=Column(Text))
     """The JSON of the event without its outcome, as it was when it happened. NULL: written by an earlier release."""
     outcome: str | None = Field(default=None, sa_column=Column(Text))

@@ -78,7 +78,7 @@ class Relay:
     answered_at: float = 0.0
     sending: set[asyncio.Task[None]] = field(default_factory=set)
     circuits: Circuits = field(default_factory=Circuits)
-    walked_to: str = ""
+    walked_to: delivery.Receiver = delivery.BEGINNING
     strays: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
 
@@ -195,7 +195,7 @@ class Relay:
         room = DELIVERIES_AT_ONCE - len(self.sending)
         if room <= 0:
             return 0
-        due = await delivery.claim_by_origin(
+        due = await delivery.claim_by_receiver(
             self.db,
             limit=room,
             lease_seconds=DELIVERY_LEASE_SECONDS,
@@ -205,7 +205,7 @@ class Relay:
         )
         self.walked_to = due.walked_to
         for one in due.claimed:
-            self.circuits.began(one.origin)
+            self.circuits.began(one.receiver)
             task = asyncio.create_task(self._send(one))
             self.sending.add(task)
             task.add_done_callback(self.sending.discard)
@@ -267,10 +267,11 @@ class Relay:
                 body=delivery.body(claimed, self.settings.webhook_payload),
                 traceparent=claimed.traceparent,
                 timestamp_seconds=int(claimed.claimed_at.timestamp()),
+                owner=claimed.owner,
             )
             outcome = receipt.outcome
         finally:
-            self.circuits.ended(claimed.origin, outcome, time.monotonic())
+            self.circuits.ended(claimed.receiver, outcome, time.monotonic())
         verdict = delivery.decide(
             claimed.scheduled_attempt, receipt, self.settings.webhook_schedule, age_seconds=claimed.age_seconds
         )
@@ -374,7 +375,7 @@ async def _publish(relay: Relay, queue: str) -> None:
 
 async def _deliver(relay: Relay) -> None:
     # What has ended makes room at once; what never ends is not waited for.
-    while await relay.deliver() or relay.walked_to:
+    while await relay.deliver() or relay.walked_to != delivery.BEGINNING:
         if relay.sending:
             await asyncio.wait(relay.sending, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
 

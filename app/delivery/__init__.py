@@ -14,12 +14,24 @@ under one id.
 
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
 from app.delivery.feed import Event, events, number
-from app.delivery.outbox import EXCERPT_BYTES, Claimed, Due, claim_by_origin, claim_due, count_due, release, settle
+from app.delivery.outbox import (
+    BEGINNING,
+    EXCERPT_BYTES,
+    Claimed,
+    Due,
+    Receiver,
+    claim_by_receiver,
+    claim_due,
+    count_due,
+    release,
+    settle,
+)
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
 from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide
 
 __all__ = [
+    "BEGINNING",
     "EXCERPT_BYTES",
     "GONE",
     "HOPELESS",
@@ -31,13 +43,14 @@ __all__ = [
     "Due",
     "Event",
     "Mark",
+    "Receiver",
     "Redelivery",
     "State",
     "Told",
     "Verdict",
     "attempts",
     "body",
-    "claim_by_origin",
+    "claim_by_receiver",
     "claim_due",
     "count_due",
     "decide",

@@ -24,7 +24,7 @@ _EVENT_OF = {
 }
 _TOLD = (
     "id", "name", "status", "attempt", "result", "error_type", "error_message", "created_at", "finished_at",
-    "webhook_url", "webhook_events", "event_sequence",
+    "webhook_url", "webhook_events", "event_sequence", "owner",
 )  # fmt: skip
 _PLACE = ', "created_at": '
 """Where the outcome is put into the facts. It is there once: within a JSON text, a quotation mark has a backslash."""
@@ -74,8 +74,8 @@ def intend(source: str, of: Collection[TaskStatus] = TERMINAL) -> str:
     # `source` is a name that our own statements use, never input.
     event = f"({_event(f'{source}.status', of)})"
     return f"""
-    INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, facts, outcome)
-    SELECT gen_random_uuid(), {source}.id, {event}, {source}.event_sequence, {source}.webhook_url,
+    INSERT INTO webhook_delivery (id, task_id, owner, event, sequence, url, origin, facts, outcome)
+    SELECT gen_random_uuid(), {source}.id, {source}.owner, {event}, {source}.event_sequence, {source}.webhook_url,
            {origin_of(f"{source}.webhook_url")}, {facts_of(source, event, f"{source}.event_sequence")},
            {outcome_of(source)}
       FROM {source}

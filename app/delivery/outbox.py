@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 from uuid import UUID
 
 from app.db import Database, Record
@@ -12,8 +13,24 @@ from app.utils.webhook import Outcome, Receipt
 
 EXCERPT_BYTES = 4096
 """What is kept of an answer, as UTF-8."""
-ORIGINS_AT_ONCE = 500
-"""Origins that one claim looks at."""
+RECEIVERS_AT_ONCE = 500
+"""Receivers that one claim looks at."""
+
+
+class Receiver(NamedTuple):
+    """Whose webhooks, and where to: what may be slow or dead, without concerning anybody else.
+
+    Attributes:
+        owner: of the tasks; empty where nobody has to say who they are.
+        origin: scheme, host and port; empty if an earlier release has written the delivery.
+    """
+
+    owner: str
+    origin: str
+
+
+BEGINNING = Receiver("", "")
+"""Before the first receiver."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +39,8 @@ class Claimed:
 
     Attributes:
         id: the `webhook-id`, the same for every attempt.
-        origin: scheme, host and port of the URL; empty if an earlier release has written it.
+        owner: of the task.
+        receiver: what the search knows it by.
         attempt: which attempt this is, 1 for the first.
         scheduled_attempt: which one since the schedule began, or began anew.
         age_seconds: since the event happened.
@@ -35,7 +53,8 @@ class Claimed:
     id: UUID
     task_id: UUID
     url: str
-    origin: str
+    owner: str
+    receiver: Receiver
     event: str
     sequence: int
     attempt: int
@@ -53,9 +72,9 @@ class Claimed:
 FACTS = f"COALESCE(d.facts, {facts_of('t', 'd.event', 'd.sequence')})"
 OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} END"
 
-# From origin to origin, as many of each as there is room for, until there are enough: what is due to a receiver that
-# is dead is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
-# of the origins is the order of the search, and it goes on where the one before has ended.
+# From receiver to receiver, as many of each as there is room for, until there are enough: what is due to a dead one
+# is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
+# of the receivers is the order of the search, and it goes on where the one before has ended.
 _CLAIM_DUE = f"""
 WITH RECURSIVE orphaned AS (
     SELECT id FROM webhook_delivery
@@ -65,20 +84,24 @@ WITH RECURSIVE orphaned AS (
     SELECT id FROM webhook_delivery
      WHERE status = 'pending' AND origin IS NULL AND next_at <= now()
      ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
-), walk (origin, steps) AS (
-    (SELECT origin, 1 FROM webhook_delivery
-      WHERE status = 'pending' AND origin > $3 ORDER BY origin LIMIT 1)
+), walk (owner, origin, steps) AS (
+    (SELECT owner, origin, 1 FROM webhook_delivery
+      WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $8)
+      ORDER BY owner, origin LIMIT 1)
     UNION ALL
-    SELECT (SELECT origin FROM webhook_delivery
-             WHERE status = 'pending' AND origin > walk.origin ORDER BY origin LIMIT 1), steps + 1
-      FROM walk WHERE origin IS NOT NULL AND steps < $4
+    SELECT next.owner, next.origin, steps + 1
+      FROM walk, LATERAL (
+        SELECT owner, origin FROM webhook_delivery
+         WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > (walk.owner, walk.origin)
+         ORDER BY owner, origin LIMIT 1) AS next
+     WHERE steps < $4
 ), due AS (
     SELECT one.id FROM walk, LATERAL (
         SELECT id FROM webhook_delivery
-         WHERE status = 'pending' AND origin = walk.origin AND next_at <= now()
+         WHERE status = 'pending' AND owner = walk.owner AND origin = walk.origin AND next_at <= now()
          ORDER BY next_at
-         LIMIT COALESCE((SELECT room FROM unnest($6::text[], $7::int[]) AS narrow (origin, room)
-                          WHERE narrow.origin = walk.origin), $5)
+         LIMIT COALESCE((SELECT room FROM unnest($9::text[], $6::text[], $7::int[]) AS narrow (owner, origin, room)
+                          WHERE narrow.owner = walk.owner AND narrow.origin = walk.origin), $5)
            FOR UPDATE SKIP LOCKED) AS one
      LIMIT $1
 ), chosen AS (
@@ -89,13 +112,18 @@ WITH RECURSIVE orphaned AS (
            lease_until = now() + make_interval(secs => $2)
       FROM chosen, task t
      WHERE d.id = chosen.id AND t.id = d.task_id
-    RETURNING d.id, d.task_id, d.url, COALESCE(d.origin, '') AS origin, d.event, d.sequence, d.attempt,
+    RETURNING d.id, d.task_id, d.url, t.owner, d.owner AS known_by, COALESCE(d.origin, '') AS origin,
+              d.event, d.sequence, d.attempt,
               d.attempt - d.earlier_attempts AS scheduled_attempt,
               extract(epoch FROM now() - d.created_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
               t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
 )
-SELECT w.walked, w.walked_to, (SELECT max(origin) FROM claimed) AS taken_to, claimed.*
-  FROM (SELECT count(origin) AS walked, max(origin) AS walked_to FROM walk) AS w LEFT JOIN claimed ON true
+SELECT w.walked, w.walked_owner, w.walked_origin, last.owner AS taken_owner, last.origin AS taken_origin, claimed.*
+  FROM (SELECT count(*) AS walked,
+               (array_agg(owner ORDER BY steps DESC))[1] AS walked_owner,
+               (array_agg(origin ORDER BY steps DESC))[1] AS walked_origin FROM walk) AS w
+  LEFT JOIN (SELECT known_by AS owner, origin FROM claimed ORDER BY known_by DESC, origin DESC LIMIT 1) AS last ON true
+  LEFT JOIN claimed ON true
 """
 
 
@@ -105,21 +133,21 @@ class Due:
 
     Attributes:
         claimed: the deliveries.
-        walked_to: where the next search goes on; empty when all origins were looked at.
+        walked_to: where the next search goes on; the beginning when all receivers were looked at.
     """
 
     claimed: list[Claimed]
-    walked_to: str
+    walked_to: Receiver
 
 
-async def claim_by_origin(
+async def claim_by_receiver(
     db: Database,
     *,
     limit: int,
     lease_seconds: float,
     room: int,
-    rooms: Mapping[str, int] | None = None,
-    after: str = "",
+    rooms: Mapping[Receiver, int] | None = None,
+    after: Receiver = BEGINNING,
 ) -> Due:
     """Claim deliveries that are due, and those whose relay let its lease run out, up to `limit`.
 
@@ -130,31 +158,44 @@ async def claim_by_origin(
         db: where.
         limit: deliveries in all.
         lease_seconds: how long they are this relay's.
-        room: deliveries to one origin.
-        rooms: the same for some origins, where it is less.
-        after: the origin that the search before has come to.
+        room: deliveries to one receiver.
+        rooms: the same for some receivers, where it is less.
+        after: the receiver that the search before has come to.
     """
     narrow = rooms or {}
     rows = await db.fetch(
-        _CLAIM_DUE, limit, lease_seconds, after, ORIGINS_AT_ONCE, room, list(narrow), list(narrow.values())
+        _CLAIM_DUE,
+        limit,
+        lease_seconds,
+        after.owner,
+        RECEIVERS_AT_ONCE,
+        room,
+        [receiver.origin for receiver in narrow],
+        list(narrow.values()),
+        after.origin,
+        [receiver.owner for receiver in narrow],
     )
     claimed = [_claimed(row) for row in rows if row["id"] is not None]
-    # Stopped in the middle, it goes on behind the last origin that it took something of.
-    full, more = len(claimed) == limit, rows[0]["walked"] == ORIGINS_AT_ONCE
-    end = rows[0]["taken_to"] if full else rows[0]["walked_to"] if more else None
-    return Due(claimed=claimed, walked_to=end or "")
+    if len(claimed) == limit:
+        # Stopped in the middle, it goes on behind the last receiver that it took something of.
+        end = Receiver(rows[0]["taken_owner"], rows[0]["taken_origin"])
+    elif rows[0]["walked"] == RECEIVERS_AT_ONCE:
+        end = Receiver(rows[0]["walked_owner"], rows[0]["walked_origin"])
+    else:
+        end = BEGINNING
+    return Due(claimed=claimed, walked_to=end)
 
 
 async def claim_due(db: Database, *, limit: int, lease_seconds: float) -> list[Claimed]:
-    """As `claim_by_origin`, whoever the receivers are."""
-    return (await claim_by_origin(db, limit=limit, lease_seconds=lease_seconds, room=limit)).claimed
+    """As `claim_by_receiver`, whoever the receivers are."""
+    return (await claim_by_receiver(db, limit=limit, lease_seconds=lease_seconds, room=limit)).claimed
 
 
 def _claimed(row: Record) -> Claimed:
     columns = dict(row)
-    for of_the_search in ("walked", "walked_to", "taken_to"):
+    for of_the_search in ("walked", "walked_owner", "walked_origin", "taken_owner", "taken_origin"):
         del columns[of_the_search]
-    return Claimed(**columns)
+    return Claimed(receiver=Receiver(columns.pop("known_by"), columns.pop("origin")), **columns)
 
 
 # The attempt is written by the statement that settles it: none is kept that did not count, none counts unseen.

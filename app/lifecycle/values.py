@@ -15,6 +15,7 @@ class NewTask:
 
     Attributes:
         id: a UUIDv7, made by whoever submits.
+        owner: on whose behalf; empty where nobody has to say.
         args: a JSON array.
         kwargs: a JSON object.
         webhook_events: what the receiver is to hear of; None for how the task ends.
@@ -42,6 +43,7 @@ class NewTask:
     traceparent: str | None = None
     rerun_of: UUID | None = None
     failures: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

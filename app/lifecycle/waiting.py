@@ -31,9 +31,9 @@ WITH due AS (
       FROM due
 )
 INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, max_retries, time_limit, traceparent,
-                  rerun_of, failures, webhook_events,
+                  rerun_of, failures, webhook_events, owner,
                   run_at, expires_at, position, published_at)
-SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17, $18::text[],
+SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17, $18::text[], $19,
        due.run_at,
        COALESCE($15::timestamptz, now() + make_interval(secs => $14::float8)),
        CASE WHEN now_due THEN nextval('task_position') END,
@@ -76,6 +76,7 @@ async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell
         hold_back,
         new.failures,
         None if new.webhook_events is None else list(new.webhook_events),
+        new.owner,
     )
     if row is None or not row["stamped"]:
         return None

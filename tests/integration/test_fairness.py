@@ -36,8 +36,9 @@ WITH t AS (
     INSERT INTO task (id, name, queue, args, kwargs) SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}'
       FROM generate_series(1, $1::int) RETURNING id
 )
-INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, facts, next_at)
-SELECT gen_random_uuid(), id, 'task.started', 1, origin || '/hook', origin, '{}', now() - $3::float8 * interval '1 s'
+INSERT INTO webhook_delivery (id, task_id, owner, event, sequence, url, origin, facts, next_at)
+SELECT gen_random_uuid(), id, $4, 'task.started', 1, origin || '/hook', origin, '{}',
+       now() - $3::float8 * interval '1 s'
   FROM (SELECT id, replace($2, '#', (row_number() OVER ())::text) AS origin FROM t) AS one
 """
 
@@ -76,8 +77,8 @@ def black_hole() -> Iterator[int]:
         yield int(listening.getsockname()[1])
 
 
-async def due(db: Database, count: int, origin: str, *, since_seconds: float = 0.0) -> None:
-    await db.execute(_DUE, count, origin, since_seconds)
+async def due(db: Database, count: int, origin: str, *, since_seconds: float = 0.0, owner: str = "") -> None:
+    await db.execute(_DUE, count, origin, since_seconds, owner)
 
 
 async def statuses(db: Database, like: str) -> Counter[str]:
@@ -123,21 +124,20 @@ async def test_a_receiver_that_fails_is_left_alone_and_then_probed(
         assert await relay.deliver() == circuits.CAP
 
 
-async def test_the_search_goes_from_origin_to_origin_and_begins_again(
+async def test_the_search_goes_from_receiver_to_receiver_and_begins_again(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delivery.outbox, "ORIGINS_AT_ONCE", 4)
+    monkeypatch.setattr(delivery.outbox, "RECEIVERS_AT_ONCE", 4)
     for name in "abcdefghij":
         await due(db, 5, f"https://{name}.example")
     await due(db, 3, "https://blocked.example")
+    rooms = {delivery.Receiver("", "https://blocked.example"): 0}
 
     seen: list[list[str]] = []
-    after = ""
+    after = delivery.BEGINNING
     for _ in range(5):
-        found = await delivery.claim_by_origin(
-            db, limit=6, lease_seconds=30.0, room=2, rooms={"https://blocked.example": 0}, after=after
-        )
-        seen.append(sorted({one.origin.removeprefix("https://")[0] for one in found.claimed}))
+        found = await delivery.claim_by_receiver(db, limit=6, lease_seconds=30.0, room=2, rooms=rooms, after=after)
+        seen.append(sorted({one.receiver.origin.removeprefix("https://")[0] for one in found.claimed}))
         after = found.walked_to
     # Two of each: of the first three; `b` again would be `blocked`, which has no room.
     assert seen[0] == ["a", "b", "c"]
@@ -148,8 +148,22 @@ async def test_the_search_goes_from_origin_to_origin_and_begins_again(
 async def test_rows_of_an_earlier_release_have_no_origin_and_are_sent(db: Database) -> None:
     await due(db, 2, "https://example.com")
     await db.execute("UPDATE webhook_delivery SET origin = NULL")
-    found = await delivery.claim_by_origin(db, limit=10, lease_seconds=30.0, room=1)
-    assert [one.origin for one in found.claimed] == ["", ""]
+    found = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=1)
+    assert [one.receiver for one in found.claimed] == [delivery.BEGINNING] * 2
+
+
+async def test_the_receiver_of_one_owner_is_not_that_of_another(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery.outbox, "RECEIVERS_AT_ONCE", 2)
+    for owner in ("", "ann", "bob", "cid"):
+        await due(db, 3, "https://example.com", owner=owner)
+    rooms = {delivery.Receiver("ann", "https://example.com"): 0}
+
+    first = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, rooms=rooms)
+    second = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, after=first.walked_to)
+    assert Counter(one.receiver.owner for one in first.claimed) == {"": 2}
+    assert Counter(one.receiver.owner for one in second.claimed) == {"bob": 2, "cid": 2}
+    # That `owner` of a delivery is what its receiver is known by; whose secrets sign it, its task says.
+    assert {one.owner for one in first.claimed + second.claimed} == {""}
 
 
 async def test_after_a_week_s_outage_one_call_and_the_line_of_events_bring_everything(

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from app import circuits
 from app.circuits import CAP, CLOSED, OPEN_SECONDS, THRESHOLD, Circuit, Circuits, after, room
+from app.delivery import Receiver
 from app.utils.webhook import Outcome
 
-A = "https://a.example"
+A = Receiver("", "https://a.example")
 OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, changed_at=95.0)
 
 
@@ -55,7 +56,7 @@ def test_how_much_may_be_sent(*, known: Circuit, on_their_way: int, now: float, 
     assert room(known, on_their_way, now) == left
 
 
-def test_only_origins_that_may_not_have_everything_are_named() -> None:
+def test_only_receivers_that_may_not_have_everything_are_named() -> None:
     known = Circuits()
     for number in range(THRESHOLD):
         assert known.rooms(0.0) == ({A: CAP - number} if number else {})

@@ -12,7 +12,7 @@ from app import catalog, lifecycle, schemas
 from app.core import errors, ids, metrics, telemetry
 from app.core.errors import FieldError
 from app.core.statuses import TaskStatus
-from app.routers import body, problems
+from app.routers import body, door, problems
 from app.routers.state import Resources, State
 from app.utils import guard
 
@@ -50,11 +50,11 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
     responses=_ACCEPTED | problems.responses(400, 413, 415, 422, 503),
     openapi_extra=_SUBMIT_BODY,
 )
-async def submit(request: Request, response: Response, state: Resources) -> schemas.TaskCreated:
+async def submit(request: Request, response: Response, state: Resources, caller: door.Writer) -> schemas.TaskCreated:
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""
     with metrics.counting_rejections():
         wanted = await body.wanted(request, schemas.SubmitRequest)
-        new = _new_task(wanted, state, traceparent=telemetry.current_traceparent(request.headers))
+        new = _new_task(wanted, state, owner=caller.owner, traceparent=telemetry.current_traceparent(request.headers))
         publisher, backlog = state["publisher"], state["backlog"]
         backlog.admit()
         bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
@@ -133,7 +133,7 @@ async def absent(task_id: UUID, state: State) -> errors.RequestError:
     return errors.ResultExpired() if await lifecycle.was_pruned(state["db"], task_id) else errors.TaskNotFound()
 
 
-def _new_task(wanted: schemas.SubmitRequest, state: State, *, traceparent: str) -> lifecycle.NewTask:
+def _new_task(wanted: schemas.SubmitRequest, state: State, *, owner: str, traceparent: str) -> lifecycle.NewTask:
     """The row to be written, or all that is wrong with it."""
     faults: list[FieldError] = []
     webhook_url = _admitted(wanted.webhook_url, state["rules"], faults)
@@ -168,6 +168,7 @@ def _new_task(wanted: schemas.SubmitRequest, state: State, *, traceparent: str) 
         expires_in_seconds=None if isinstance(wanted.expires, datetime) else wanted.expires,
         expires_at=moment,
         traceparent=traceparent,
+        owner=owner,
     )
 
 

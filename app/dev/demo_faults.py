@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from app.core import errors
+from app.core.stopping import stop
 from app.db import Database, insist
 from app.dev import demo_ledger, linux
 from app.dev.demo_hits import FAILURES, MEET_SECONDS, Faults, Strike
@@ -153,43 +154,66 @@ def _say(line: str) -> None:
     sys.stdout.flush()
 
 
-async def drill(options: Options, home: Path) -> list[str]:
+class Interrupted(Exception):  # it is no error
+    """Somebody wants the drill to end."""
+
+
+async def drill(options: Options, home: Path, interrupted: asyncio.Event) -> list[str]:
     """Start a service in `home`, hit it, and print what was done and counted.
+
+    Args:
+        options: of the command line.
+        home: an empty directory.
+        interrupted: set to have everything ended at once.
 
     Returns:
         What is wrong; nothing if all is well.
+
+    Raises:
+        Interrupted: if it was; nothing is left of the service then either.
     """
-    began = time.monotonic()
-    chance = random.Random(options.seed)  # noqa: S311  # a seed, so that a run can be repeated
     service = Service(home, concurrency=CONCURRENCY)
     db = Database(service.database_url, max_connections=2, application_name="taskqueue-demo")
-    wait = 0.0 if options.quick else ANSWERS_AFTER_SECONDS
     complaints: list[str] = []
+    hitting = asyncio.create_task(_hit(service, db, options, complaints))
+    waiting = asyncio.create_task(interrupted.wait())
     try:
-        service.start()
-        async with (
-            following(service.log_file, wanted=options.verbose),
-            Receiver(service.webhook_secret, answers_after_seconds=wait) as receiver,
-        ):
-            await service.wait_ready()
-            _say(f"The service is ready after {time.monotonic() - began:.1f} s: {service.url}")
-            ledger = Ledger(service.url, receiver.url, chance)
-            faults = Faults(service, db, options.quick)
-            run = Drill(service, db, ledger, receiver, faults, began, complaints)
-            await run.run(demo_ledger.jobs(options.tasks, len(faults.all()) + 1, CONCURRENCY, chance))
-            async with asyncio.timeout(AUDIT_SECONDS):
-                found = await demo_ledger.audit(db, ledger, receiver)
-            tracebacks = service.log_file.read_text(errors="replace").count("Traceback (most recent call last)")
-            _tell({**found.counts, "tracebacks in the log": tracebacks}, time.monotonic() - began)
-            complaints += found.complaints
-            if len(ledger.acknowledged) < options.tasks:
-                complaints.append(f"{len(ledger.acknowledged)} of {options.tasks} tasks were acknowledged")
+        await asyncio.wait({hitting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not hitting.done():
+            raise Interrupted
+        hitting.result()
     except TimeoutError as late:
         complaints.append(str(late) or "Postgres did not answer the audit")
     finally:
+        # A driver may swallow a cancel, and the drill would go on to its end.
+        await stop(hitting, waiting)
         await db.close()
         complaints += [f"left behind: {process.command} (pid {process.pid})" for process in await service.stop()]
     return complaints
+
+
+async def _hit(service: Service, db: Database, options: Options, complaints: list[str]) -> None:
+    began = time.monotonic()
+    chance = random.Random(options.seed)  # noqa: S311  # a seed, so that a run can be repeated
+    wait = 0.0 if options.quick else ANSWERS_AFTER_SECONDS
+    service.start()
+    async with (
+        following(service.log_file, wanted=options.verbose),
+        Receiver(service.webhook_secret, answers_after_seconds=wait) as receiver,
+    ):
+        await service.wait_ready()
+        _say(f"The service is ready after {time.monotonic() - began:.1f} s: {service.url}")
+        ledger = Ledger(service.url, receiver.url, chance)
+        faults = Faults(service, db, options.quick)
+        run = Drill(service, db, ledger, receiver, faults, began, complaints)
+        await run.run(demo_ledger.jobs(options.tasks, len(faults.all()) + 1, CONCURRENCY, chance))
+        async with asyncio.timeout(AUDIT_SECONDS):
+            found = await demo_ledger.audit(db, ledger, receiver)
+        tracebacks = service.log_file.read_text(errors="replace").count("Traceback (most recent call last)")
+        _tell({**found.counts, "tracebacks in the log": tracebacks}, time.monotonic() - began)
+        complaints += found.complaints
+        if len(ledger.acknowledged) < options.tasks:
+            complaints.append(f"{len(ledger.acknowledged)} of {options.tasks} tasks were acknowledged")
 
 
 def _tell(counts: Mapping[str, int], seconds: float) -> None:
@@ -200,11 +224,11 @@ def _tell(counts: Mapping[str, int], seconds: float) -> None:
 
 
 async def _until_interrupted(options: Options, home: Path) -> list[str]:
-    """The drill, ended in order by SIGTERM as it is by Ctrl-C."""
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101  # a coroutine that runs is in a task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await drill(options, home)
+    """The drill, ended in order by SIGTERM and by Ctrl-C."""
+    interrupted = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
+    return await drill(options, home, interrupted)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         complaints = asyncio.run(_until_interrupted(options, home))
         good = not complaints
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, Interrupted):
         _say("interrupted: everything was ended")
         good = True  # nobody will want its log
         return EXIT_INTERRUPTED

@@ -149,10 +149,11 @@ class Settings(BaseSettings):
         validation_alias=_variable("TASKQUEUE_AUTH_MODE"),
         description="`none` opens the API to whoever reaches it; `api-key` asks for keys.",
     )
-    secret_key: SecretStr | None = Field(
-        None,
+    secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
         validation_alias=_variable("TASKQUEUE_SECRET_KEY"),
-        description="Encrypts stored secrets and keys the HMAC of API keys; 32 characters or more.",
+        description="Encrypts stored secrets and keys the HMAC of API keys; 32 characters or more. "
+        "Several, with spaces, to rotate: the first is used for what is new.",
     )
     metrics_port: int = Field(
         9100,
@@ -185,7 +186,7 @@ class Settings(BaseSettings):
     def _split_numbers(cls, value: object) -> object:
         return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
-    @field_validator("webhook_secrets", mode="before")
+    @field_validator("webhook_secrets", "secret_keys", mode="before")
     @classmethod
     def _split_secrets(cls, value: object) -> object:
         return tuple(value.split()) if isinstance(value, str) else value
@@ -243,16 +244,16 @@ class Settings(BaseSettings):
             raise ValueError("must be a redis:// or rediss:// URL")
         return value
 
-    @field_validator("secret_key")
+    @field_validator("secret_keys")
     @classmethod
-    def _check_secret_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and len(value.get_secret_value()) < 32:  # noqa: PLR2004
-            raise ValueError("must have 32 characters or more")
+    def _check_secret_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < 32 for key in value):  # noqa: PLR2004
+            raise ValueError("must have 32 characters or more; several are separated by spaces")
         return value
 
     @model_validator(mode="after")
     def _check_door(self) -> Self:
-        if self.auth_mode == "api-key" and self.secret_key is None:
+        if self.auth_mode == "api-key" and not self.secret_keys:
             raise errors.SettingsError("TASKQUEUE_SECRET_KEY is required when TASKQUEUE_AUTH_MODE is api-key")
         return self
 

@@ -51,6 +51,7 @@ def test_a_required_setting_that_is_missing_is_named(environment: pytest.MonkeyP
         ("TASKQUEUE_WEBHOOK_BLOCKED_CIDRS", "forbidden"),
         ("TASKQUEUE_WEBHOOK_ALLOWED_ORIGINS", "https://forbidden"),
         ("TASKQUEUE_SECRET_KEY", "forbidden"),
+        ("TASKQUEUE_SECRET_KEY", "k" * 32 + " forbidden"),
         ("TASKQUEUE_SAMPLE_TASKS", "forbidden"),
         ("TASKQUEUE_LOG_LEVEL", "forbidden"),
     ],
@@ -70,6 +71,13 @@ def test_keys_are_required_when_the_door_asks_for_them(environment: pytest.Monke
     environment.setenv("TASKQUEUE_AUTH_MODE", "api-key")
     with pytest.raises(errors.SettingsError, match="TASKQUEUE_SECRET_KEY is required"):
         config.load(None)
+
+
+def test_several_secret_keys_are_written_with_spaces(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("TASKQUEUE_SECRET_KEY", "")
+    assert config.load(None).secret_keys == ()
+    environment.setenv("TASKQUEUE_SECRET_KEY", f"{'n' * 32}  {'o' * 40}\n")
+    assert [key.get_secret_value() for key in config.load(None).secret_keys] == ["n" * 32, "o" * 40]
 
 
 def test_the_environment_wins_over_the_file_and_the_file_over_defaults(

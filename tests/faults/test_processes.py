@@ -171,12 +171,11 @@ def test_sigterm_and_then_sigkill_while_tasks_are_published(running: Stack, repo
 
 @pytest.mark.slow
 def test_sigterm_releases_what_outlives_the_grace(running: Stack, report: Report) -> None:
-    running.submit_many(4, "faults.work", GRACE_SECONDS + 1)
-    victim = running.workers[0]
-    tasks = running_on(running, victim)
-    third = running.start_worker()
-    running.workers.append(third)
+    # Two children of another worker are free to take over.
+    running.workers.append(running.start_worker())
     running.wait_ready()
+    running.submit_many(4, "faults.work", GRACE_SECONDS + 1)
+    victim, tasks = fully_busy(running)
     running.expect_end(victim)
     victim.signal(signal.SIGTERM)
     assert victim.wait(GRACE_SECONDS + 1) == 0
@@ -326,6 +325,14 @@ def running_on(running: Stack, worker: Process) -> list[str]:
         return tasks if len(tasks) == 2 else []
 
     return wait_until(found, 30, "a busy worker")
+
+
+def fully_busy(running: Stack) -> tuple[Process, list[str]]:
+    """Four tasks run on three workers of two children each: a worker that runs two of them, and which."""
+    tasks = wait_until(lambda: running.running(4), 30, "four tasks that run")
+    by_worker = {id(worker): [one for one in tasks if running.worker_of(one) is worker] for worker in running.workers}
+    victim = max(running.workers, key=lambda worker: len(by_worker[id(worker)]))
+    return victim, by_worker[id(victim)]
 
 
 def spent(running: Stack, task_id: str) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@ What is not sent to a receiver waits in its rows and spends no attempt. Every re
 has its own view, in memory: it costs nothing to form a new one.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ OPEN_SECONDS = 5.0
 LONGEST_OPEN_SECONDS = 120.0
 FORGET_SECONDS = 3600.0
 """After that without a request, a receiver that failed is as unknown as any other."""
+HOPELESS_SECONDS = 3600.0
+"""How long a circuit must have been open for old webhooks to be given up: a receiver that is overwhelmed for some
+minutes, as by all that waited while no relay ran, loses none."""
 
 _FAILURES = frozenset(
     {
@@ -33,6 +37,8 @@ _FAILURES = frozenset(
 )  # fmt: skip
 _SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT})
 """What says nothing of the receiver: it was not asked."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +50,14 @@ class Circuit:
         open_until: monotonic time of the next probe; None while closed.
         open_seconds: how long it was opened for.
         changed_at: monotonic time of what was learnt last.
+        open_since: monotonic time at which it opened, however often a probe has failed since; None while closed.
     """
 
     failures: int = 0
     open_until: float | None = None
     open_seconds: float = 0.0
     changed_at: float = 0.0
+    open_since: float | None = None
 
 
 CLOSED = Circuit()
@@ -71,7 +79,7 @@ def after(circuit: Circuit, outcome: Outcome, now: float) -> Circuit:
     if circuit.open_until is None:
         if failed.failures < THRESHOLD:
             return failed
-        return replace(failed, open_until=now + OPEN_SECONDS, open_seconds=OPEN_SECONDS)
+        return replace(failed, open_until=now + OPEN_SECONDS, open_seconds=OPEN_SECONDS, open_since=now)
     if now < circuit.open_until:
         return failed  # It was under way when the circuit opened.
     longer = min(circuit.open_seconds * 2, LONGEST_OPEN_SECONDS)
@@ -109,7 +117,9 @@ class Circuits:
             del self._on_their_way[receiver]
         if outcome is None:
             return
-        known = after(self._known.get(receiver, CLOSED), outcome, now)
+        before = self._known.get(receiver, CLOSED)
+        known = after(before, outcome, now)
+        _tell(receiver, before, known)
         if known == CLOSED:
             self._known.pop(receiver, None)
         else:
@@ -123,6 +133,19 @@ class Circuits:
         rooms = {one: room(self._known.get(one, CLOSED), self._on_their_way[one], now) for one in concerned}
         return {receiver: left for receiver, left in rooms.items() if left < CAP}
 
-    def opened(self, now: float) -> int:
-        """How many receivers nothing is sent to."""
-        return sum(known.open_until is not None and now < known.open_until for known in self._known.values())
+    def opened(self) -> int:
+        """How many receivers nothing is sent to but probes."""
+        return sum(known.open_until is not None for known in self._known.values())
+
+    def hopeless(self, now: float) -> list[Receiver]:
+        """Receivers that have been sent nothing but probes for `HOPELESS_SECONDS`."""
+        known = self._known.items()
+        return [one for one, its in known if its.open_since is not None and now - its.open_since >= HOPELESS_SECONDS]
+
+
+def _tell(receiver: Receiver, before: Circuit, now: Circuit) -> None:
+    """Log what opens and what closes: the origin, and nothing of a URL that may be a secret."""
+    if before.open_until is None and now.open_until is not None:
+        log.warning("%s fails: after %d failures in a row it gets probes only", receiver.origin, now.failures)
+    elif before.open_until is not None and now.open_until is None:
+        log.info("%s answers again, and gets its webhooks", receiver.origin)

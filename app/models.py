@@ -187,6 +187,8 @@ class WebhookDelivery(SQLModel, table=True):
             "next_at",
             postgresql_where=text("status = 'pending' AND origin IS NOT NULL"),
         ),
+        # Those that an earlier release has written, which no search from receiver to receiver comes upon.
+        Index("webhook_delivery_nameless", "next_at", postgresql_where=text("status = 'pending' AND origin IS NULL")),
         Index("webhook_delivery_created", "created_at", "id"),
         # Events in line, and those that have no place in it yet.
         Index("webhook_delivery_position", "position", postgresql_where=text("position IS NOT NULL")),
@@ -219,6 +221,8 @@ class WebhookDelivery(SQLModel, table=True):
     """Counts claims; one that was handed back is given back."""
     earlier_attempts: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
     """Attempts made before the schedule began anew."""
+    scheduled_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    """When the schedule began, or began anew."""
     token: UUID | None = Field(default=None, sa_column=Column(Uuid))
     lease_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     next_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))

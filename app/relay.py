@@ -42,9 +42,23 @@ EXPORT_SHARE_OF_TIME = 0.02
 """How much of the time may be spent on counting the queues: the longer a backlog, the rarer its counts."""
 PRUNE_SECONDS = 5.0
 STRAY_SECONDS = 60.0
+GIVE_UP_SECONDS = 60.0
+GIVE_UP_RECEIVERS = 100
+GIVE_UP_BATCH = 100
+"""How many receivers one statement gives up on, and how many webhooks of each."""
 DAY_SECONDS = 86_400.0
 DELIVERIES_AT_ONCE = 100
-DELIVERY_LEASE_SECONDS = 60.0
+"""POSTs that keep a relay busy."""
+SLOW_SECONDS = 1.0
+"""A POST that is older waits for its receiver, which costs a connection and nothing else: it keeps no other waiting."""
+DELIVERIES_AT_MOST = 500
+"""POSTs, the slow ones included."""
+DELIVERY_LEASE_SECONDS = 30.0
+"""How long a webhook waits whose relay was killed: the deadline of a POST (15 s), and as long again to settle it."""
+SETTLE_SECONDS = 60.0
+"""How long a receipt is kept while Postgres is away. It counts after the lease, too, if no other relay was faster."""
+HAND_BACK_SECONDS = 2.0
+"""How long a relay that stops tries to hand back what it could not send; what it can't is claimed after its lease."""
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +78,14 @@ class Note:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A POST that is on its way, since a monotonic time."""
+
+    claimed: delivery.Claimed
+    since: float
+
+
 @dataclass(slots=True)
 class Relay:
     """One relay: its connections, and what it has noted."""
@@ -76,7 +98,9 @@ class Relay:
     notes: dict[str, deque[Note]] = field(default_factory=dict)
     connected_since: float | None = None
     answered_at: float = 0.0
-    sending: set[asyncio.Task[None]] = field(default_factory=set)
+    sending: dict[asyncio.Task[None], Sending] = field(default_factory=dict)
+    claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
     circuits: Circuits = field(default_factory=Circuits)
     walked_to: delivery.Receiver = delivery.BEGINNING
     strays: set[str] = field(default_factory=set)
@@ -192,24 +216,58 @@ class Relay:
 
     async def deliver(self) -> int:
         """Start sending the webhooks that are due, as many as may be on their way at once."""
-        room = DELIVERIES_AT_ONCE - len(self.sending)
+        now = time.monotonic()
+        metrics.show_circuits(self.circuits.opened())
+        room = self.room(now)
         if room <= 0:
             return 0
-        due = await delivery.claim_by_receiver(
-            self.db,
-            limit=room,
-            lease_seconds=DELIVERY_LEASE_SECONDS,
-            room=circuits.CAP,
-            rooms=self.circuits.rooms(time.monotonic()),
-            after=self.walked_to,
-        )
-        self.walked_to = due.walked_to
-        for one in due.claimed:
-            self.circuits.began(one.receiver)
-            task = asyncio.create_task(self._send(one))
-            self.sending.add(task)
-            task.add_done_callback(self.sending.discard)
+        # Whoever stops the relay takes the lock first: what was claimed, and not noted here, would wait for its lease.
+        async with self.claiming:
+            due = await delivery.claim_by_receiver(
+                self.db,
+                limit=room,
+                lease_seconds=DELIVERY_LEASE_SECONDS,
+                room=circuits.CAP,
+                rooms=self.circuits.rooms(now),
+                after=self.walked_to,
+            )
+            self.walked_to = due.walked_to
+            for one in due.claimed:
+                self.circuits.began(one.receiver)
+                task = asyncio.create_task(self._send(one))
+                self.sending[task] = Sending(one, time.monotonic())
+                task.add_done_callback(self._sent)
         return len(due.claimed)
+
+    def room(self, now: float) -> int:
+        """How many more POSTs may be begun at a monotonic time. Receivers that don't answer take none of it away."""
+        quick = sum(now - one.since < SLOW_SECONDS for one in self.sending.values())
+        return min(DELIVERIES_AT_ONCE - quick, DELIVERIES_AT_MOST - len(self.sending))
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        del self.sending[task]
+        self.arrived.set()
+
+    async def hand_back(self) -> int:
+        """Break off what is on its way, and make it due again: nobody need wait for its lease.
+
+        Its receiver may have heard of it, and hears again, under the same id. It spends no attempt.
+        """
+        left = [one.claimed for one in self.sending.values()]
+        await stopping.stop(*self.sending)
+        return await delivery.release(self.db, left)
+
+    async def give_up(self) -> int:
+        """End the webhooks that have waited too long for receivers whose circuits have been open for long."""
+        hopeless = self.circuits.hopeless(time.monotonic())
+        patience = delivery.patience_seconds(self.settings.webhook_schedule)
+        given_up = 0
+        for start in range(0, len(hopeless), GIVE_UP_RECEIVERS):
+            some = hopeless[start : start + GIVE_UP_RECEIVERS]
+            given_up += await delivery.give_up(self.db, some, older_than_seconds=patience, limit=GIVE_UP_BATCH)
+        if given_up:
+            log.warning("%d webhooks were given up, whose receivers have not answered for long", given_up)
+        return given_up
 
     async def number_events(self) -> int:
         """Give new events their place in the line that can be asked for."""
@@ -222,6 +280,7 @@ class Relay:
             for one in counts:
                 depth = await self.broker.depth(one.queue)
                 metrics.show_queue(one.queue, depth=depth, waiting=one.waiting, running=one.running)
+            metrics.show_webhooks(await delivery.count_due(self.db))
         except (errors.DatabaseUnavailable, errors.BrokerUnavailable):
             metrics.hide_queues()
             raise
@@ -277,7 +336,7 @@ class Relay:
         )
         # If Postgres stays away for longer, the receiver hears of it again, under the same id.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DELIVERY_LEASE_SECONDS):
+            async with asyncio.timeout(SETTLE_SECONDS):
                 await db.insist(lambda: delivery.settle(self.db, claimed, receipt, verdict), what="a webhook's receipt")
 
     async def watch_connection(self) -> None:
@@ -342,9 +401,14 @@ async def serve(settings: Settings) -> None:
         await stop.wait()
         # From the signal on: ending the loops may itself take seconds, during which the webhooks go on.
         over_at = loop.time() + settings.grace_seconds / 2
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(over_at):
+                await relay.claiming.acquire()
         await stopping.stop(*loops)
         if relay.sending:
             await asyncio.wait(relay.sending, timeout=max(0.0, over_at - loop.time()))
+        if relay.sending:
+            await _hand_back(relay)
     await broker.close()
     await database.close()
 
@@ -357,6 +421,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
+        _every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
     ]
     for queue in relay.settings.queues:
         loops += [
@@ -374,10 +439,33 @@ async def _publish(relay: Relay, queue: str) -> None:
 
 
 async def _deliver(relay: Relay) -> None:
-    # What has ended makes room at once; what never ends is not waited for.
-    while await relay.deliver() or relay.walked_to != delivery.BEGINNING:
-        if relay.sending:
-            await asyncio.wait(relay.sending, timeout=TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    while True:
+        relay.arrived.clear()
+        begun = await relay.deliver()
+        if begun == 0 and relay.walked_to == delivery.BEGINNING:
+            return
+        # What has arrived makes room at once; what never does is waited for by nobody for whom there is room.
+        if relay.walked_to == delivery.BEGINNING or relay.room(time.monotonic()) <= 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await relay.arrived.wait()
+
+
+async def _give_up(relay: Relay) -> None:
+    while await relay.give_up():
+        pass
+
+
+async def _hand_back(relay: Relay) -> None:
+    """What a relay that stops does with the webhooks that did not arrive in time."""
+    try:
+        async with asyncio.timeout(HAND_BACK_SECONDS):
+            handed_back = await relay.hand_back()
+    except (errors.DatabaseUnavailable, TimeoutError):
+        log.warning("webhooks that were on their way wait for their lease: Postgres does not answer")
+    else:
+        if handed_back:
+            log.info("%d webhooks that were on their way are handed back", handed_back)
 
 
 async def _number(relay: Relay) -> None:

@@ -166,7 +166,9 @@ class WebhookState(BaseModel):
     next_at: datetime | None = Field(None, description="When the next one is due, if one is.")
     delivered_at: datetime | None = None
     last_status_code: int | None = Field(None, description="What the receiver answered last, if it answered.")
-    last_error: str | None = Field(None, description="Why the newest attempt failed; null if it did not.")
+    last_error: str | None = Field(
+        None, description="Why the newest attempt failed; null if it did not. `circuit_open`: given up without one."
+    )
 
 
 class AttemptRead(BaseModel):

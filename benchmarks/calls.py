@@ -21,6 +21,7 @@ from app.utils.webhook import Outcome, Receipt
 from benchmarks import rows
 
 LEASE_SECONDS = 30.0
+DEAD = delivery.Receiver("", rows.DEAD)
 RETENTION_SECONDS = 30 * 86_400.0
 SUCCESS = lifecycle.decide(lifecycle.Budgets(), lifecycle.Succeeded('"something to say"'))
 NOTHING_OLD = 1e9
@@ -167,7 +168,7 @@ async def _webhooks(side: Side, operations: int) -> Calls:
     """The deliveries of the tasks that have just ended."""
     db = side.db
     for _ in range(operations // 20):
-        yield "claim_due 20", lambda: _claim_due(side)
+        yield "claim webhooks, 20", lambda: _claim_20(side)
         for nth in range(20):
             yield (
                 "settle webhook",
@@ -185,12 +186,20 @@ async def _webhooks(side: Side, operations: int) -> Calls:
     for _ in range(_some(operations, 20)):
         yield "redeliver, 10 looked at", lambda: _redeliver(db, since)
     for _ in range(_some(operations, 20)):
-        yield "claim_due, none", lambda: delivery.claim_due(db, limit=100, lease_seconds=60.0)
-        yield "count_due", lambda: delivery.count_due(db)
+        yield "claim webhooks, none", lambda: _claim_webhooks(db, 100)
+        yield (
+            "give up webhooks, 10 looked at",
+            lambda: delivery.give_up(db, [DEAD], older_than_seconds=NOTHING_OLD, limit=10),
+        )
 
 
-async def _claim_due(side: Side) -> None:
-    side.deliveries = await delivery.claim_due(side.db, limit=20, lease_seconds=60.0)
+async def _claim_20(side: Side) -> None:
+    side.deliveries = await _claim_webhooks(side.db, 20)
+
+
+async def _claim_webhooks(db: Database, limit: int) -> list[delivery.Claimed]:
+    due = await delivery.claim_by_receiver(db, limit=limit, lease_seconds=LEASE_SECONDS, room=limit, rooms={DEAD: 0})
+    return due.claimed
 
 
 async def _redeliver(db: Database, since: datetime) -> None:

@@ -15,6 +15,8 @@ OTHER = "other"
 HELD = "held"
 """One whose rows were all held back: Redis is full or away, and the relay feeds them."""
 CHUNK = 100_000
+DEAD = "https://dead.example"
+"""The origin of a receiver to which nothing is sent, whatever is due."""
 
 _ID = """
     (lpad(to_hex((extract(epoch FROM {moment}) * 1000)::bigint), 12, '0') || '7'
@@ -71,6 +73,11 @@ SELECT gen_random_uuid(), id, 'task.succeeded', 1, 'https://receiver.example/hoo
   FROM (SELECT id FROM task WHERE finished_at IS NOT NULL AND webhook_url IS NULL
          ORDER BY finished_at DESC LIMIT $1) AS newest
 """
+_TELL_DEAD = f"""
+INSERT INTO webhook_delivery (id, task_id, event, sequence, url, origin, attempt, next_at)
+SELECT gen_random_uuid(), task_id, event, 2, '{DEAD}/hook', '{DEAD}', 3, now() - interval '1 hour'
+  FROM webhook_delivery WHERE sequence = 1
+"""
 _REMEMBER = """
 INSERT INTO task_tombstone (id, pruned_at)
 SELECT gen_random_uuid(), now() - interval '60 days' + make_interval(secs => n * 3888000.0 / $1::int)
@@ -87,7 +94,7 @@ async def fill(connection: Connection, *, waiting: int, ended: int, running: int
     """Fill a database: so many rows that wait in each of the three queues, and so many others.
 
     As many as wait in the first are to run tomorrow, what runs is of the second. As many as have ended were pruned.
-    The webhooks of the tasks that ended last wait for another attempt.
+    The webhooks of the tasks that ended last wait for another attempt, and as many to a dead receiver are due.
     """
     await wait(connection, LINE, waiting)
     await wait(connection, LINE, waiting, place="later")
@@ -97,3 +104,4 @@ async def fill(connection: Connection, *, waiting: int, ended: int, running: int
     await connection.execute(_REMEMBER, ended)
     await run(connection, running)
     await connection.execute(_TELL, undelivered)
+    await connection.execute(_TELL_DEAD)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 LOST_WORKER_CAP_SECONDS = 60.0
 PICK_UP_SECONDS = 0.25
 """From when a task is due until a worker has it, as a rule."""
+JITTER = 0.2
+"""How far a wait is spread, as a part of it."""
 
 
 def lost_worker_wait(losses: int) -> float:
@@ -40,7 +42,7 @@ def reconnect_wait(failures: int, *, cap_seconds: float = 2.0) -> float:
     return random.uniform(0.0, min(cap_seconds, 0.1 * 2.0 ** min(failures, 10)))  # noqa: S311  # jitter is no secret
 
 
-def spread(seconds: float, *, jitter: float = 0.2) -> float:
+def spread(seconds: float, *, jitter: float = JITTER) -> float:
     """`seconds`, spread by ±`jitter`, so that what failed together does not come back together."""
     return seconds * random.uniform(1.0 - jitter, 1.0 + jitter)  # noqa: S311  # jitter is no secret
 

@@ -85,11 +85,35 @@ def show_oldest(queue: str, seconds: float) -> None:
     _OLDEST.labels(queue=queue).set(seconds)
 
 
+_CIRCUITS_OPEN = Gauge(
+    "taskqueue_webhook_circuits_open",
+    "Receivers that get nothing but probes, as this relay sees it. Aggregate with max.",
+    registry=REGISTRY,
+)
+_WEBHOOKS = Gauge(
+    "taskqueue_webhooks",
+    "Webhooks that could be sent now, counted up to 100,000. Aggregate with max.",
+    ["state"],
+    registry=REGISTRY,
+)
+
+
+def show_circuits(count: int) -> None:
+    """Show how many receivers get nothing but probes."""
+    _CIRCUITS_OPEN.set(count)
+
+
+def show_webhooks(due: int) -> None:
+    """Show how many webhooks could be sent now."""
+    _WEBHOOKS.labels(state="due").set(due)
+
+
 def hide_queues() -> None:
     """Take the queues' series away: their source does not answer, and a 0 would look like an empty queue."""
     _QUEUE_DEPTH.clear()
     _OLDEST.clear()
     _TASKS.clear()
+    _WEBHOOKS.clear()
 
 
 def serve(port: int) -> Callable[[], None]:

@@ -2,7 +2,9 @@
 
     (a task ends) ──intend──▶ pending ──claim_due──▶ delivering ──settle──▶ delivered | exhausted
                                  ▲                     │  │
-                                 └──── next attempt ───┘  └── lease ran out: claimed again
+                                 │ └─── next attempt ──┤  └── lease ran out: claimed again
+                                 │                     └── release, when its relay stops: pending
+                                 └──give_up, when its receiver's circuit stays open──▶ exhausted
 
 The row is written by the very statement that ends the task, so an event is
 neither lost nor invented. A relay claims what is due, sends without a
@@ -16,6 +18,7 @@ from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_co
 from app.delivery.feed import Event, events, number
 from app.delivery.outbox import (
     BEGINNING,
+    CIRCUIT_OPEN,
     EXCERPT_BYTES,
     Claimed,
     Due,
@@ -23,15 +26,17 @@ from app.delivery.outbox import (
     claim_by_receiver,
     claim_due,
     count_due,
+    give_up,
     release,
     settle,
 )
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
-from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide
+from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide, patience_seconds
 
 __all__ = [
     "BEGINNING",
+    "CIRCUIT_OPEN",
     "EXCERPT_BYTES",
     "GONE",
     "HOPELESS",
@@ -55,8 +60,10 @@ __all__ = [
     "count_due",
     "decide",
     "events",
+    "give_up",
     "intend",
     "number",
+    "patience_seconds",
     "redeliver",
     "redeliver_batch",
     "release",

@@ -1,4 +1,4 @@
-"""The statements that move a delivery: claimed by a relay, settled by a receipt, or handed back."""
+"""The statements that move a delivery: claimed by a relay, settled by a receipt, handed back, or given up."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,10 @@ EXCERPT_BYTES = 4096
 """What is kept of an answer, as UTF-8."""
 RECEIVERS_AT_ONCE = 500
 """Receivers that one claim looks at."""
+CIRCUIT_OPEN = "circuit_open"
+"""Why a delivery is given up that nobody was sent: beside the words of `Outcome`, which are of attempts."""
+DUE_AT_MOST = 100_000
+"""How far due deliveries are counted: more need no exact number, and counting them would take seconds."""
 
 
 class Receiver(NamedTuple):
@@ -43,7 +47,7 @@ class Claimed:
         receiver: what the search knows it by.
         attempt: which attempt this is, 1 for the first.
         scheduled_attempt: which one since the schedule began, or began anew.
-        age_seconds: since the event happened.
+        age_seconds: since the schedule began, or began anew.
         token: fences `settle`.
         claimed_at: Postgres's clock, for the `webhook-timestamp`.
         traceparent: of the submit.
@@ -115,7 +119,7 @@ WITH RECURSIVE orphaned AS (
     RETURNING d.id, d.task_id, d.url, t.owner, d.owner AS known_by, COALESCE(d.origin, '') AS origin,
               d.event, d.sequence, d.attempt,
               d.attempt - d.earlier_attempts AS scheduled_attempt,
-              extract(epoch FROM now() - d.created_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
+              extract(epoch FROM now() - d.scheduled_at)::float8 AS age_seconds, d.token, now() AS claimed_at,
               t.traceparent, {FACTS} AS facts, {OUTCOME} AS outcome
 )
 SELECT w.walked, w.walked_owner, w.walked_origin, last.owner AS taken_owner, last.origin AS taken_origin, claimed.*
@@ -256,7 +260,7 @@ RETURNING d.id
 
 
 async def release(db: Database, claimed: Sequence[Claimed]) -> int:
-    """Hand back what this relay claimed and did not send, as when it stops: no attempt is spent.
+    """Hand back what this relay claimed and has no receipt of, as when it stops: no attempt is spent.
 
     Returns:
         How many were still its own.
@@ -265,12 +269,53 @@ async def release(db: Database, claimed: Sequence[Claimed]) -> int:
     return len(rows)
 
 
-_COUNT_DUE = """
-SELECT (SELECT count(*) FROM webhook_delivery WHERE status = 'pending' AND next_at <= now())
-     + (SELECT count(*) FROM webhook_delivery WHERE status = 'delivering' AND lease_until < now())
+# Of each receiver those that were due first are looked at, and no more: it costs the same however much waits for it.
+# What is behind them has its turn, since those before it grow old as well, and go.
+# Were it said a second time that they are pending, all that are could be read in search of them.
+_GIVE_UP = """
+WITH first AS (
+    SELECT one.id
+      FROM unnest($1::text[], $2::text[]) AS receiver (owner, origin), LATERAL (
+        SELECT id, scheduled_at FROM webhook_delivery d
+         WHERE status = 'pending' AND d.owner = receiver.owner AND d.origin = receiver.origin AND next_at <= now()
+         ORDER BY next_at LIMIT $3) AS one
+     WHERE one.scheduled_at < now() - make_interval(secs => $4)
+), held AS (
+    SELECT d.id FROM webhook_delivery d JOIN first ON first.id = d.id
+     WHERE d.status NOT IN ('delivering', 'delivered', 'exhausted')
+       AND d.scheduled_at < now() - make_interval(secs => $4)
+     ORDER BY d.id FOR UPDATE OF d SKIP LOCKED
+)
+UPDATE webhook_delivery d SET status = 'exhausted', last_error = $5 FROM held WHERE d.id = held.id
+RETURNING d.id
+"""
+
+
+async def give_up(db: Database, receivers: Sequence[Receiver], *, older_than_seconds: float, limit: int) -> int:
+    """End deliveries that are due, and that nobody sends: their receivers' circuits stay open.
+
+    Args:
+        db: where.
+        receivers: whose circuits have been open for long.
+        older_than_seconds: how long ago their schedule must have begun.
+        limit: deliveries of each receiver that are looked at, those that were due first.
+
+    Returns:
+        How many were given up. `redeliver` begins their schedule anew.
+    """
+    owners, origins = [one.owner for one in receivers], [one.origin for one in receivers]
+    rows = await db.fetch(_GIVE_UP, owners, origins, limit, older_than_seconds, CIRCUIT_OPEN)
+    return len(rows)
+
+
+_COUNT_DUE = f"""
+SELECT (SELECT count(*) FROM (SELECT FROM webhook_delivery
+                               WHERE status = 'pending' AND next_at <= now() LIMIT {DUE_AT_MOST}) AS due)
+     + (SELECT count(*) FROM (SELECT FROM webhook_delivery
+                               WHERE status = 'delivering' AND lease_until < now() LIMIT {DUE_AT_MOST}) AS orphaned)
 """
 
 
 async def count_due(db: Database) -> int:
-    """How many deliveries could be claimed now."""
+    """How many deliveries could be claimed now, of each kind counted up to `DUE_AT_MOST`."""
     return int(await db.fetchval(_COUNT_DUE))

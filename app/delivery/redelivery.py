@@ -24,7 +24,7 @@ class Redelivery(Enum):
 # What is due and has not been tried since is as it should be: asking twice is asking once.
 _BEGIN_ANEW = """
    SET status = 'pending', next_at = LEAST(now(), CASE WHEN d.status = 'pending' THEN d.next_at END),
-       delivered_at = NULL, earlier_attempts = d.attempt
+       delivered_at = NULL, earlier_attempts = d.attempt, scheduled_at = now()
 """
 _REDELIVER = f"""
 WITH newest AS (

@@ -1,4 +1,4 @@
-"""What an attempt means for its delivery: one pure function, and no I/O."""
+"""What an attempt means for its delivery, and how long one may wait for any: pure functions, and no I/O."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ HOPELESS = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL})
 """What no second attempt changes; the user has to."""
 LOCAL_FAULT_SECONDS = 60.0
 """The wait after a fault of our own network, which is not spread over days as a receiver's outage is."""
+LATE_SECONDS = 86_400.0
+"""How much longer than its schedule a delivery waits for a receiver that nothing is sent to."""
 _WEARY = frozenset({Outcome.HTTP_429, Outcome.TIMEOUT})
 
 
@@ -42,13 +44,13 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
 
     A fault of our own network spends no attempt. So that one which never ends, as
     of an address that we have no route to, does not keep a delivery for ever, it
-    counts like any other once the event is older than the whole schedule.
+    counts like any other once the whole schedule could be over.
 
     Args:
         attempt: which attempt of the schedule the receipt is of, 1 for the first.
         receipt: what happened.
         schedule: seconds before each attempt, the first included.
-        age_seconds: since the event happened.
+        age_seconds: since the schedule began, or began anew.
     """
     if receipt.outcome is Outcome.SUCCESS:
         return Verdict(DeliveryStatus.DELIVERED)
@@ -60,3 +62,15 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     asked = min(receipt.retry_after_seconds or 0.0, webhook.RETRY_AFTER_LIMIT_SECONDS)
     rest = REST_SECONDS if receipt.outcome in _WEARY else 0.0
     return Verdict(DeliveryStatus.PENDING, max(wait, asked, rest))
+
+
+def patience_seconds(schedule: Sequence[float]) -> float:
+    """How long after its schedule began a delivery is given up whose receiver is sent nothing: its circuit is open.
+
+    What waits for a circuit spends no attempt, so no schedule ends it. It is longer than any schedule that is
+    spent attempt by attempt, however its waits are spread.
+
+    Args:
+        schedule: seconds before each attempt, the first included.
+    """
+    return sum(schedule) * (1.0 + backoff.JITTER) + LATE_SECONDS

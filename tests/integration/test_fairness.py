@@ -14,7 +14,7 @@ import pytest
 from app import circuits, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import stopping
+from app.core import errors, metrics, stopping
 from app.core.config import Settings
 from app.core.statuses import DeliveryStatus
 from app.db import Database
@@ -114,14 +114,146 @@ async def test_a_receiver_that_fails_is_left_alone_and_then_probed(
         await due(db, 3 * circuits.CAP, receiver.url)
         assert await relay.deliver() == circuits.CAP
         await until(lambda: not relay.sending, what="the failures")
-        assert relay.circuits.opened(time.monotonic()) == 1
+        assert relay.circuits.opened() == 1
         assert await relay.deliver() == 0
+        assert metrics.REGISTRY.get_sample_value("taskqueue_webhook_circuits_open") == 1
         assert (await statuses(db, "%"))["pending"] == 3 * circuits.CAP
         assert await db.fetchval("SELECT sum(attempt) FROM webhook_delivery") == circuits.CAP
 
         assert await until(relay.deliver, what="the probe") == 1
         await until(lambda: not relay.sending, what="the end of the probe")
         assert await relay.deliver() == circuits.CAP
+
+
+async def test_many_black_holes_take_no_place_from_a_healthy_receiver(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "SLOW_SECONDS", 0.2)
+    holes = relays.DELIVERIES_AT_ONCE // circuits.CAP + 3
+    with Receiver() as receiver, black_hole() as port:
+        for number in range(holes):
+            await due(db, circuits.CAP, f"http://dead-{number}.test:{port}", since_seconds=3600.0)
+        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+        await until(
+            lambda: len(relay.sending) == holes * circuits.CAP, what="a POST to each, on all that they may have"
+        )
+        await due(db, HEALTHY, f"http://healthy-#.test:{receiver.port}")
+
+        async def all_delivered() -> bool:
+            return (await statuses(db, "http://healthy%"))["delivered"] == HEALTHY
+
+        await until(all_delivered, DEADLINE_SECONDS - 3.0, "the healthy ones, before a single dead one has timed out")
+        assert len(relay.sending) == holes * circuits.CAP
+        await stopping.stop(loop)
+
+
+def test_what_is_slow_has_places_of_its_own_and_not_without_end(relay: Relay) -> None:
+    def sending(quick: int, slow: int) -> int:
+        keys: Any = iter(range(quick + slow))
+        claimed: Any = None
+        times = [100.0 - relays.SLOW_SECONDS] * slow + [99.9] * quick
+        relay.sending = {next(keys): relays.Sending(claimed, since) for since in times}
+        return relay.room(100.0)
+
+    most = relays.DELIVERIES_AT_MOST
+    table = [sending(0, 0), sending(30, 0), sending(100, 0), sending(30, 300), sending(0, most - 5), sending(5, most)]
+    assert table == [100, 70, 0, 70, 5, -5]
+    relay.sending = {}
+
+
+async def test_a_search_among_many_receivers_waits_for_no_black_hole(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.outbox, "RECEIVERS_AT_ONCE", 2)
+    monkeypatch.setattr(relays, "TICK_SECONDS", 5.0)
+    with black_hole() as port:
+        await due(db, 1, f"http://a.test:{port}")
+        await due(db, 40, "http://later-#.test", since_seconds=-3600.0)
+        await due(db, 1, f"http://z.test:{port}")
+        loop = asyncio.create_task(relays._deliver(relay))
+        await until(lambda: len(relay.sending) == 2, 3.0, "both, within one walk")
+        await stopping.stop(loop)
+
+
+async def test_the_webhooks_that_are_due_are_exported_as_long_as_they_can_be_counted(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported() -> float | None:
+        return metrics.REGISTRY.get_sample_value("taskqueue_webhooks", {"state": "due"})
+
+    await due(db, 3, "https://example.com")
+    await due(db, 4, "https://example.com", since_seconds=-60.0)
+    await relay.export()
+    assert exported() == 3
+    closed = Database("postgresql://127.0.0.1:1/none", max_connections=1, application_name="test")
+    monkeypatch.setattr(relay, "db", closed)
+    with pytest.raises(errors.DatabaseUnavailable):
+        await relay.export()
+    assert exported() is None
+    await closed.close()
+
+
+async def test_a_relay_that_stops_hands_back_what_is_on_its_way(relay: Relay, db: Database) -> None:
+    with black_hole() as port:
+        await due(db, 7, f"http://dead.test:{port}")
+        assert await relay.deliver() == 7
+        assert await relay.hand_back() == 7
+    assert relay.sending == {}
+    rows = await db.fetch("SELECT status, attempt, token, lease_until FROM webhook_delivery")
+    assert {tuple(row) for row in rows} == {("pending", 0, None, None)}
+    assert len(await delivery.claim_due(db, limit=10, lease_seconds=30.0)) == 7
+
+
+async def test_who_stops_a_relay_can_wait_for_its_claim(relay: Relay, db: Database) -> None:
+    await due(db, 1, "http://healthy.test")
+    async with relay.claiming:
+        delivering = asyncio.create_task(relay.deliver())
+        await asyncio.wait({delivering}, timeout=0.3)
+        await stopping.stop(delivering)
+    assert await statuses(db, "%") == {"pending": 1}
+
+
+async def test_what_waits_too_long_for_a_dead_receiver_is_given_up_and_can_be_sent_again(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "GIVE_UP_BATCH", 3)
+    patience = delivery.patience_seconds(relay.settings.webhook_schedule)
+    dead, other = "https://dead.example", "https://other.example"
+    for origin in (dead, other):
+        await due(db, 5, origin, since_seconds=patience + 60.0)
+    await due(db, 2, dead, since_seconds=60.0)
+    await due(db, 1, dead, since_seconds=-60.0)
+    await db.execute("UPDATE webhook_delivery SET scheduled_at = next_at")
+    # It is old, but its next attempt is yet to come.
+    await db.execute("UPDATE webhook_delivery SET scheduled_at = now() - interval '1 year' WHERE next_at > now()")
+
+    assert await relay.give_up() == 0, "no circuit is open"
+    known = circuits.Circuit(failures=40, open_until=0.0, open_seconds=120.0, changed_at=0.0, open_since=0.0)
+    relay.circuits._known[delivery.Receiver("", dead)] = known
+    relay.circuits._known[delivery.Receiver("ann", other)] = known
+    monkeypatch.setattr(circuits, "HOPELESS_SECONDS", 0.0)
+    assert [await relay.give_up() for _ in range(3)] == [3, 2, 0]
+
+    assert await statuses(db, dead) == {"exhausted": 5, "pending": 3}
+    assert await statuses(db, other) == {"pending": 5}
+    rows = await db.fetch("SELECT task_id, attempt, last_error FROM webhook_delivery WHERE status = 'exhausted'")
+    assert {(row["attempt"], row["last_error"]) for row in rows} == {(0, delivery.CIRCUIT_OPEN)}
+
+    assert await delivery.redeliver(db, rows[0]["task_id"]) is delivery.Redelivery.DUE
+    assert await relay.give_up() == 0, "its schedule has begun anew"
+    assert await statuses(db, dead) == {"exhausted": 4, "pending": 4}
+
+
+async def test_the_age_of_a_delivery_is_that_of_its_schedule(db: Database) -> None:
+    await due(db, 1, "https://example.com")
+    await db.execute(
+        "UPDATE webhook_delivery SET (created_at, scheduled_at, status) = (now() - interval '9 days',"
+        " now() - interval '9 days', 'exhausted')"
+    )
+    [row] = await db.fetch("SELECT task_id FROM webhook_delivery")
+    await delivery.redeliver(db, row["task_id"])
+    [claimed] = await delivery.claim_due(db, limit=1, lease_seconds=30.0)
+    assert 0 <= claimed.age_seconds < 60
 
 
 async def test_the_search_goes_from_receiver_to_receiver_and_begins_again(

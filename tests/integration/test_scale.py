@@ -19,7 +19,7 @@ LONG = 6_000
 RUNNING = 12_000
 OPERATIONS = 20
 UNUSED = ["webhook_delivery_due"]
-"""The release before claims webhooks by it; a later one may drop it (docs/upgrading.md)."""
+"""Webhooks that are due are counted by it, now and then; that is none of the calls here."""
 TABLES = ("task", "task_tombstone", "webhook_delivery", "webhook_attempt")
 
 

@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import circuits
-from app.circuits import CAP, CLOSED, OPEN_SECONDS, THRESHOLD, Circuit, Circuits, after, room
+from app.circuits import CAP, CLOSED, HOPELESS_SECONDS, OPEN_SECONDS, THRESHOLD, Circuit, Circuits, after, room
 from app.delivery import Receiver
 from app.utils.webhook import Outcome
 
 A = Receiver("", "https://a.example")
-OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, changed_at=95.0)
+OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, changed_at=95.0, open_since=95.0)
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, 
         (Circuit(failures=9, changed_at=1.0), "http_3xx", 2.0, CLOSED),
         (Circuit(failures=9, changed_at=1.0), "blocked", 2.0, Circuit(failures=9, changed_at=1.0)),
         (Circuit(failures=9, changed_at=1.0), "local_fault", 2.0, Circuit(failures=9, changed_at=1.0)),
-        (Circuit(failures=9, changed_at=1.0), "http_5xx", 2.0, Circuit(10, 2.0 + OPEN_SECONDS, OPEN_SECONDS, 2.0)),
+        (Circuit(failures=9, changed_at=1.0), "http_5xx", 2.0, Circuit(10, 2.0 + OPEN_SECONDS, OPEN_SECONDS, 2.0, 2.0)),
         # What was under way when it opened changes nothing, unless it is an answer.
-        (OPEN, "timeout", 99.0, Circuit(11, 100.0, OPEN_SECONDS, 99.0)),
+        (OPEN, "timeout", 99.0, Circuit(11, 100.0, OPEN_SECONDS, 99.0, 95.0)),
         (OPEN, "success", 99.0, CLOSED),
         # The probe.
         (OPEN, "success", 101.0, CLOSED),
-        (OPEN, "connect_error", 101.0, Circuit(11, 101.0 + 2 * OPEN_SECONDS, 2 * OPEN_SECONDS, 101.0)),
+        (OPEN, "connect_error", 101.0, Circuit(11, 101.0 + 2 * OPEN_SECONDS, 2 * OPEN_SECONDS, 101.0, 95.0)),
         (Circuit(19, 0.0, 100.0, 0.0), "http_429", 1.0, Circuit(20, 121.0, 120.0, 1.0)),
         (Circuit(19, 0.0, 120.0, 0.0), "dns_error", 1.0, Circuit(20, 121.0, 120.0, 1.0)),
     ],
@@ -63,12 +63,12 @@ def test_only_receivers_that_may_not_have_everything_are_named() -> None:
         known.began(A)
     for _ in range(THRESHOLD):
         known.ended(A, Outcome.TIMEOUT, 0.0)
-    assert (known.rooms(1.0), known.opened(1.0)) == ({A: 0}, 1)
+    assert (known.rooms(1.0), known.opened()) == ({A: 0}, 1)
     assert known.rooms(OPEN_SECONDS) == {A: 1}
     known.began(A)
     assert known.rooms(OPEN_SECONDS) == {A: 0}
     known.ended(A, Outcome.SUCCESS, OPEN_SECONDS + 1)
-    assert (known.rooms(OPEN_SECONDS + 1), known.opened(OPEN_SECONDS + 1)) == ({}, 0)
+    assert (known.rooms(OPEN_SECONDS + 1), known.opened()) == ({}, 0)
 
 
 def test_a_request_that_is_given_up_is_no_failure_and_not_on_its_way() -> None:
@@ -84,6 +84,34 @@ def test_an_origin_that_is_not_heard_of_any_more_is_forgotten() -> None:
         known.began(A)
         known.ended(A, Outcome.TIMEOUT, 0.0)
     assert known.rooms(circuits.FORGET_SECONDS + 1) == {}
+
+
+def test_a_receiver_is_hopeless_once_its_probes_have_failed_for_long() -> None:
+    known, now = Circuits(), 0.0
+    for _ in range(THRESHOLD):
+        known.began(A)
+        known.ended(A, Outcome.TIMEOUT, now)
+    while now < HOPELESS_SECONDS:
+        assert known.hopeless(now) == []
+        now += circuits.LONGEST_OPEN_SECONDS
+        known.began(A)
+        known.ended(A, Outcome.TIMEOUT, now)
+    assert (known.hopeless(now), known.opened()) == ([A], 1)
+    known.began(A)
+    known.ended(A, Outcome.HTTP_4XX, now)
+    assert (known.hopeless(now), known.opened()) == ([], 0)
+
+
+def test_what_opens_and_closes_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    known = Circuits()
+    for outcome in [Outcome.HTTP_5XX] * (THRESHOLD + 3) + [Outcome.SUCCESS] * 2:
+        known.began(A)
+        known.ended(A, outcome, 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "https://a.example fails: after 10 failures in a row it gets probes only",
+        "https://a.example answers again, and gets its webhooks",
+    ]
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(Outcome)), st.floats(0, 1000))))

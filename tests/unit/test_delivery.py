@@ -30,7 +30,8 @@ def claimed(**changes: Any) -> delivery.Claimed:
         "id": UUID(int=1),
         "task_id": UUID(int=2),
         "url": "https://example.com/",
-        "origin": "https://example.com",
+        "owner": "",
+        "receiver": delivery.Receiver("", "https://example.com"),
         "event": "task.succeeded",
         "sequence": 1,
         "attempt": 1,
@@ -98,6 +99,18 @@ def test_a_fault_of_our_own_network_spends_no_attempt(attempt: int) -> None:
 def test_a_fault_of_our_own_network_that_never_ends_is_not_tried_for_ever(attempt: int, status: str) -> None:
     verdict = delivery.decide(attempt, receipt("local_fault"), SCHEDULE, age_seconds=sum(SCHEDULE))
     assert (verdict.status, verdict.spends) == (status, True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "days"),
+    [
+        (SCHEDULE, 1 + 1.2 * 272_105 / 86_400),
+        ((0.0,), 1.0),
+        ((0.0, 864_000.0), 13.0),
+    ],
+)
+def test_patience_outlasts_every_schedule_by_a_day(*, schedule: tuple[float, ...], days: float) -> None:
+    assert delivery.patience_seconds(schedule) / 86_400 == pytest.approx(days)
 
 
 @settings(deadline=None)

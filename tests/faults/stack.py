@@ -377,6 +377,7 @@ class Stack:
         exhausts: bool = False,
         one_clock: bool = True,
         tracebacks: int = 0,
+        posts: Sequence[audit.Post] | None = None,
     ) -> audit.Figures:
         """Wait for the end of everything, check every invariant, and return what to print.
 
@@ -391,6 +392,7 @@ class Stack:
             exhausts: whether a webhook may be given up.
             one_clock: whether tasks go by the same clock as Postgres.
             tracebacks: how many the logs may show.
+            posts: what came, if others than the stack's own receiver were told.
         """
         for proxy in self._networks.values():
             proxy.restore()
@@ -407,7 +409,7 @@ class Stack:
             rows=[dict(row) for row in self.fetch(audit.ROWS)],
             steps=self.steps(),
             effects=self.effects(),
-            posts=self.posts(),
+            posts=self.posts() if posts is None else posts,
             workers=workers,
             reclaims=reclaims,
             exhausts=exhausts,

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from app import broker
+from app.circuits import CAP
 from app.relay import DELIVERY_LEASE_SECONDS
 from tests.faults.audit import Figures
 from tests.faults.stack import GRACE_SECONDS, LEASE_SECONDS, QUEUE, Stack
@@ -48,8 +49,8 @@ def test_a_receiver_that_is_down_then_fails_then_is_slow(running: Stack, report:
 @pytest.mark.slow
 def test_relays_that_go_in_the_middle_of_a_post(running: Stack, report: Report) -> None:
     running.answer = Answer(status=200, delay_seconds=14.0)
-    tasks = running.submit_many(40, "faults.work", 0.0)
-    wait_until(lambda: len(running.receiver.requests) == 40, 20, "a POST for each")
+    tasks = running.submit_many(2 * CAP, "faults.work", 0.0)
+    wait_until(lambda: len(running.receiver.requests) == 2 * CAP, 20, "a POST for each")
     killed, stopped = running.relays
     assert posting(running, killed)
     assert posting(running, stopped), "one relay had all of them"
@@ -62,10 +63,10 @@ def test_relays_that_go_in_the_middle_of_a_post(running: Stack, report: Report) 
     running.relays = [running.start_relay(), running.start_relay()]
     running.wait_ready()
     assert set(running.statuses(tasks).values()) == {"SUCCESS"}
-    wait_until(lambda: delivered(running) == 40, DELIVERY_LEASE_SECONDS + 20, "the delivery of each")
+    wait_until(lambda: delivered(running) == 2 * CAP, DELIVERY_LEASE_SECONDS + 20, "the delivery of each")
     recovery = time.time() - gone
     posts = Counter(one.webhook_id for one in running.posts())
-    assert len(posts) == 40
+    assert len(posts) == 2 * CAP
     assert set(posts.values()) == {2}
     report(
         running.finish(

@@ -68,6 +68,10 @@ bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_A
 bench-webhooks: $(VENV)/.dev ## Measure one relay's webhooks a second against a bare httpx client
 	@exec $(BIN)/python -m benchmarks.webhooks $(BENCH_ARGS)
 
+.PHONY: bench-fairness
+bench-fairness: $(VENV)/.dev ## Measure whether a receiver that never answers slows a thousand others
+	@exec $(BIN)/python -m benchmarks.fairness $(BENCH_ARGS)
+
 ##@ Kubernetes
 
 .PHONY: image

@@ -35,7 +35,7 @@ _FAILURES = frozenset(
         Outcome.HTTP_429,
     }
 )  # fmt: skip
-_SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT})
+_SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT, Outcome.SECRET_UNREADABLE})
 """What says nothing of the receiver: it was not asked."""
 
 log = logging.getLogger(__name__)

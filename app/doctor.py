@@ -10,10 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app import db, lifecycle, migrations
+from app import db, delivery, lifecycle, migrations
 from app.broker import Broker
 from app.core import errors
 from app.core.config import Settings
+from app.utils.sealing import Seal
 
 Level = Literal["ok", "risk", "bad"]
 OLDEST_POSTGRES = 150_000
@@ -130,6 +131,23 @@ def judge_queues(unfinished: Collection[str], consumed: Collection[str]) -> list
     return [Finding("bad", "Queues", sentence)] if strays else []
 
 
+def judge_secrets(marks: Mapping[bytes, int], seal: Seal | None) -> list[Finding]:
+    """What it means that keys with these marks have sealed so many webhook secrets."""
+    first, others = (None, ()) if seal is None else (seal.mark, seal.other_marks)
+    unreadable = sum(number for mark, number in marks.items() if mark != first and mark not in others)
+    older = sum(number for mark, number in marks.items() if mark in others)
+    found = []
+    if unreadable:
+        sentence = f"no key of TASKQUEUE_SECRET_KEY opens {unreadable} webhook secrets: their owners' webhooks wait"
+        found.append(Finding("bad", "Secrets", sentence))
+    if older:
+        sentence = (
+            f"{older} webhook secrets need more than the first key of TASKQUEUE_SECRET_KEY, until a relay reseals"
+        )
+        found.append(Finding("risk", "Secrets", sentence))
+    return found
+
+
 async def examine(settings: Settings) -> list[Finding]:
     """Everything there is to find. A server that can't be reached is a finding, too."""
     found = judge_settings(settings)
@@ -140,6 +158,7 @@ async def examine(settings: Settings) -> list[Finding]:
         found += judge_postgres(facts, needed_revision=migrations.head(), concurrency=settings.concurrency)
         if facts["revision"]:
             found += judge_queues(await lifecycle.unfinished_queues(database), settings.queues)
+            found += judge_secrets(await delivery.marks(database), Seal.from_settings(settings))
     except errors.DatabaseUnavailable as away:
         found.append(Finding("bad", "Postgres", str(away)))
     try:

@@ -16,9 +16,10 @@ from app.core.config import Settings
 from app.core.stopping import stop
 from app.db import Database
 from app.publisher import Publisher
-from app.routers import health, problems, tasks, webhooks
+from app.routers import health, problems, tasks, webhook_secrets, webhooks
 from app.routers.state import State
 from app.utils.guard import EgressRules
+from app.utils.sealing import Seal
 
 PROCESS_NAME = "api"
 APPLICATION_NAME = "taskqueue-api"
@@ -57,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api.include_router(tasks.router)
     api.include_router(webhooks.router)
+    api.include_router(webhook_secrets.router)
     api.include_router(health.router)
     problems.install(api)
     telemetry.instrument_api(api, settings)
@@ -91,6 +93,7 @@ class _Lifespan:
                 backlog=backlog,
                 rules=EgressRules.from_settings(settings),
                 readiness=health.Readiness(db, broker, needed_revision=migrations.head()),
+                seal=Seal.from_settings(settings),
             )
 
 

@@ -2,7 +2,9 @@
 
 A row of `task` is the task: its arguments, its budgets and its end. Redis holds
 at most a hint to it. A row of `webhook_delivery` is one event that somebody
-is to hear of, and one of `webhook_attempt` a try to tell them.
+is to hear of, and one of `webhook_attempt` a try to tell them. `webhook_secret`
+holds what signs an owner's webhooks, sealed, and `webhook_test` a test event
+for as long as somebody waits to hear what came of it.
 """
 
 from datetime import datetime
@@ -21,6 +23,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     Sequence,
     SmallInteger,
     Text,
@@ -253,3 +256,64 @@ class WebhookAttempt(SQLModel, table=True):
     error: str | None = Field(default=None, sa_column=Column(Text))
     excerpt: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
     """The beginning of an answer other than 2xx."""
+
+
+class WebhookSecret(SQLModel, table=True):
+    """What signs the webhooks of one owner. It goes some time after it has expired."""
+
+    __tablename__ = "webhook_secret"
+    __table_args__ = (
+        CheckConstraint("slot BETWEEN 1 AND 5", name="secret_slot_range"),
+        CheckConstraint("kind IN ('ed25519', 'hmac')", name="secret_kind_known"),
+        # Also the bound: a slot is taken once, however many ask for it at the same time.
+        Index("webhook_secret_owner", "owner", "slot", unique=True),
+        Index("webhook_secret_expiring", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
+    )
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    owner: str = Field(sa_column=Column(Text, nullable=False))
+    slot: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    """Which of the owner's few places it has."""
+    sealed: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """The secret, as `utils.sealing` stores it."""
+    kind: str = Field(sa_column=Column(Text, nullable=False))
+    fingerprint: str = Field(sa_column=Column(Text, nullable=False))
+    """What its holder recognises it by."""
+    public_key: str | None = Field(default=None, sa_column=Column(Text))
+    """`whpk_…`, if it is the private half of a pair."""
+    default_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """Until when the secrets of the settings sign beside it, if it took over from them."""
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When its grace ends; NULL as long as nothing has taken its place."""
+
+
+class WebhookTest(SQLModel, table=True):
+    """A test event, from the wish to send it until whoever wished has heard what came of it: seconds."""
+
+    __tablename__ = "webhook_test"
+    __table_args__ = (
+        CheckConstraint("length(url) <= 2048", name="test_url_length"),
+        CheckConstraint("octet_length(excerpt) <= 4096", name="test_excerpt_length"),
+        CheckConstraint("(ended_at IS NOT NULL) = (outcome IS NOT NULL)", name="test_ended_with_an_outcome"),
+        Index("webhook_test_created", "created_at"),
+    )
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    """Its `webhook-id`."""
+    owner: str = Field(sa_column=Column(Text, nullable=False))
+    url: str = Field(sa_column=Column(Text, nullable=False))
+    event: str = Field(sa_column=Column(Text, nullable=False))
+    traceparent: str | None = Field(default=None, sa_column=Column(Text))
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    token: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    """Of the relay that sends it; NULL until one does."""
+    ended_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    outcome: str | None = Field(default=None, sa_column=Column(Text))
+    status_code: int | None = Field(default=None, sa_column=Column(SmallInteger))
+    retry_after_seconds: float | None = Field(default=None, sa_column=Column(Float))
+    duration_seconds: float | None = Field(default=None, sa_column=Column(Float))
+    excerpt: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    headers: dict[str, str] | None = Field(default=None, sa_column=Column(JSON))
+    """Those of the request."""
+    body: str | None = Field(default=None, sa_column=Column(Text))

@@ -24,7 +24,9 @@ from app.circuits import Circuits
 from app.core import errors, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
-from app.utils.webhook import Sender
+from app.keyring import Keyring, Ring
+from app.utils import sealing
+from app.utils.webhook import Outcome, Receipt, Sender
 
 TICK_SECONDS = 0.2
 """How often due rows are published: the most that a retry or a countdown is late."""
@@ -46,6 +48,7 @@ GIVE_UP_SECONDS = 60.0
 GIVE_UP_RECEIVERS = 100
 GIVE_UP_BATCH = 100
 """How many receivers one statement gives up on, and how many webhooks of each."""
+RESEAL_SECONDS = 60.0
 DAY_SECONDS = 86_400.0
 DELIVERIES_AT_ONCE = 100
 """POSTs that keep a relay busy."""
@@ -105,6 +108,10 @@ class Relay:
     walked_to: delivery.Receiver = delivery.BEGINNING
     strays: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
+    keyring: Keyring = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keyring = Keyring(self.db, self.settings)
 
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for.
@@ -209,10 +216,11 @@ class Relay:
         return len(ended)
 
     async def prune(self) -> int:
-        """Remove a batch of what is past its retention: ended tasks, then the tombstones of earlier ones."""
+        """Remove a batch of what is past its time: ended tasks, tombstones of earlier ones, secrets."""
         seconds = self.settings.retention_days * DAY_SECONDS
         pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
-        return pruned + await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
+        pruned += await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
+        return pruned + await delivery.prune_secrets(self.db, limit=BATCH)
 
     async def deliver(self) -> int:
         """Start sending the webhooks that are due, as many as may be on their way at once."""
@@ -232,9 +240,14 @@ class Relay:
                 after=self.walked_to,
             )
             self.walked_to = due.walked_to
+            try:
+                rings = await self.keyring.rings({one.owner for one in due.claimed})
+            except (errors.DatabaseUnavailable, asyncio.CancelledError):
+                await delivery.release(self.db, due.claimed)
+                raise
             for one in due.claimed:
                 self.circuits.began(one.receiver)
-                task = asyncio.create_task(self._send(one))
+                task = asyncio.create_task(self._send(one, rings[one.owner]))
                 self.sending[task] = Sending(one, time.monotonic())
                 task.add_done_callback(self._sent)
         return len(due.claimed)
@@ -317,7 +330,7 @@ class Relay:
         if bells:
             self.refused.discard(queue)
 
-    async def _send(self, claimed: delivery.Claimed) -> None:
+    async def _send(self, claimed: delivery.Claimed, ring: Ring) -> None:
         outcome = None
         try:
             receipt = await self.sender.post(
@@ -327,8 +340,11 @@ class Relay:
                 traceparent=claimed.traceparent,
                 timestamp_seconds=int(claimed.claimed_at.timestamp()),
                 owner=claimed.owner,
+                keys=ring.keys(claimed.claimed_at),
             )
             outcome = receipt.outcome
+        except sealing.Unreadable:
+            receipt = Receipt(outcome=Outcome.SECRET_UNREADABLE)
         finally:
             self.circuits.ended(claimed.receiver, outcome, time.monotonic())
         verdict = delivery.decide(
@@ -422,6 +438,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
         _every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
+        _every(RESEAL_SECONDS, relay.keyring.reseal, "sealing secrets anew"),
     ]
     for queue in relay.settings.queues:
         loops += [

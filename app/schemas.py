@@ -234,6 +234,68 @@ class Redelivered(BaseModel):
     next_cursor: str | None = Field(description="Ask again with it; null if all were looked at.")
 
 
+class SecretRequest(BaseModel):
+    """A secret to sign webhooks with. Nothing at all makes a new `whsec_…`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["hmac", "ed25519"] | None = Field(
+        None, description="`hmac` (unless given) makes a `whsec_…`, `ed25519` a pair. Not with `secret`."
+    )
+    secret: str | None = Field(
+        None, min_length=1, max_length=128, description="One of yours, `whsec_…` or `whsk_…`; made up unless given."
+    )
+
+    @field_validator("secret")
+    @classmethod
+    def _one_of_two(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("kind") is not None:
+            raise PydanticCustomError("secret_and_kind", "Only one of secret and kind can be given")
+        return value
+
+
+class RotateRequest(SecretRequest):
+    """A secret that takes over."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_seconds": 604_800}]})
+
+    grace_seconds: int = Field(
+        limits.DAY_SECONDS,
+        ge=0,
+        le=7 * limits.DAY_SECONDS,
+        description="For how long what signed before goes on beside it; 0 ends it at once.",
+    )
+
+
+class SecretRead(BaseModel):
+    """What may be known of a secret that signs webhooks: not the secret."""
+
+    id: UUID
+    kind: Literal["hmac", "ed25519"]
+    fingerprint: str = Field(
+        description='The first 12 digits of `printf %s "$SECRET" | sha256sum`, to tell which one it is.'
+    )
+    public_key: str | None = Field(description="`whpk_…`, which receivers verify with, if it is of the kind `ed25519`.")
+    created_at: datetime
+    expires_at: datetime | None = Field(description="When it signs no more; null until another takes over.")
+    default_signs_until: datetime | None = Field(
+        description="Until when the service's own secret signs beside it, if it took over from that one."
+    )
+
+
+class SecretMade(SecretRead):
+    """A secret that signs from now on. This is the only answer that has it."""
+
+    secret: str | None = Field(description="Null if it is one that you brought.")
+
+
+class SecretList(BaseModel):
+    """The secrets that sign your webhooks, the newest first. Without any, the service's own signs them."""
+
+    data: list[SecretRead]
+    next_cursor: None = Field(None, description="There are so few that they are never cut into pages.")
+
+
 class TaskRead(BaseModel):
     """Everything known about a task but its arguments and its result."""
 

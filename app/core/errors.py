@@ -11,8 +11,10 @@
         ├── MalformedBody         400
         ├── TaskNotFound          404
         ├── NoWebhook             404
+        ├── SecretNotFound        404
         ├── TaskEnded             409
         ├── WebhookNotDue         409
+        ├── SecretNotStored       409
         ├── ResultExpired         410
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
@@ -118,6 +120,15 @@ class NoWebhook(RequestError):
         super().__init__("The task was submitted without a webhook_url")
 
 
+class SecretNotFound(RequestError):
+    """The caller has no webhook secret with this id, or it has expired."""
+
+    status, slug, title = 404, "secret-not-found", "Secret not found"
+
+    def __init__(self) -> None:
+        super().__init__("No secret of yours has this id")
+
+
 class TaskEnded(RequestError):
     """The task has ended, so nothing can be done about it any more."""
 
@@ -131,6 +142,12 @@ class WebhookNotDue(RequestError):
     """The webhook can't be sent again now: it is being sent, or there is no event to tell yet."""
 
     status, slug, title = 409, "webhook-not-due", "Webhook not due"
+
+
+class SecretNotStored(RequestError):
+    """A webhook secret can't be stored: there is no key to seal it with, too many are live, or it is one of them."""
+
+    status, slug, title = 409, "secret-not-stored", "Secret not stored"
 
 
 class ResultExpired(RequestError):

@@ -12,6 +12,8 @@ transaction open, and settles by the receipt. Claim and settle are fenced by a
 random token, as those of a task are: a relay that was presumed dead changes
 nothing. Its POST may have arrived all the same, so delivery is at least once,
 under one id.
+
+Beside it are the secrets that sign an owner's webhooks.
 """
 
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
@@ -33,6 +35,22 @@ from app.delivery.outbox import (
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
 from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide, patience_seconds
+from app.delivery.secret import (
+    SECRETS_AT_MOST,
+    NewSecret,
+    Sealed,
+    Secret,
+    Unplaced,
+    belongs_to,
+    marks,
+    place_secret,
+    prune_secrets,
+    reseal,
+    revoke_secret,
+    sealed_secrets,
+    secrets,
+    secrets_under,
+)
 
 __all__ = [
     "BEGINNING",
@@ -42,18 +60,24 @@ __all__ = [
     "HOPELESS",
     "INLINE_BYTES",
     "REST_SECONDS",
+    "SECRETS_AT_MOST",
     "Attempt",
     "Batch",
     "Claimed",
     "Due",
     "Event",
     "Mark",
+    "NewSecret",
     "Receiver",
     "Redelivery",
+    "Sealed",
+    "Secret",
     "State",
     "Told",
+    "Unplaced",
     "Verdict",
     "attempts",
+    "belongs_to",
     "body",
     "claim_by_receiver",
     "claim_due",
@@ -62,11 +86,19 @@ __all__ = [
     "events",
     "give_up",
     "intend",
+    "marks",
     "number",
     "patience_seconds",
+    "place_secret",
+    "prune_secrets",
     "redeliver",
     "redeliver_batch",
     "release",
+    "reseal",
+    "revoke_secret",
+    "sealed_secrets",
+    "secrets",
+    "secrets_under",
     "settle",
     "state_of",
     "tells",

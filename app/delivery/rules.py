@@ -44,7 +44,9 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
 
     A fault of our own network spends no attempt. So that one which never ends, as
     of an address that we have no route to, does not keep a delivery for ever, it
-    counts like any other once the whole schedule could be over.
+    counts like any other once the whole schedule could be over. A secret
+    that can't be read is ours to repair, however long that takes: nothing was asked
+    of the receiver.
 
     Args:
         attempt: which attempt of the schedule the receipt is of, 1 for the first.
@@ -55,6 +57,8 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     if receipt.outcome is Outcome.SUCCESS:
         return Verdict(DeliveryStatus.DELIVERED)
     if receipt.outcome is Outcome.LOCAL_FAULT and age_seconds < max(sum(schedule), LOCAL_FAULT_SECONDS):
+        return Verdict(DeliveryStatus.PENDING, backoff.spread(LOCAL_FAULT_SECONDS), spends=False)
+    if receipt.outcome is Outcome.SECRET_UNREADABLE:
         return Verdict(DeliveryStatus.PENDING, backoff.spread(LOCAL_FAULT_SECONDS), spends=False)
     wait = backoff.scheduled_wait(schedule, attempt)
     if receipt.outcome in HOPELESS or receipt.status_code == GONE or wait is None:

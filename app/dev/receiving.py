@@ -1,9 +1,7 @@
 """The receiver's side of a webhook, for who writes one: `taskqueue webhooks verify` and `taskqueue webhooks secret`."""
 
 import json
-import secrets as random
 import sys
-from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,14 +60,11 @@ def _remembered(path: Path) -> str:
 
 def new_secret(*, ed25519: bool) -> Sequence[str]:
     """Lines that show a new secret, and the public key behind it if there is one."""
-    raw = random.token_bytes(32)
-    if not ed25519:
-        return [f"whsec_{b64encode(raw).decode()}"]
-    public = signing.Ed25519Key.from_seed(raw).public_bytes
-    return [
-        f"whsk_{b64encode(raw + public).decode()}",
-        f"whpk_{b64encode(public).decode()}  (for receivers; the line above is for this service alone)",
-    ]
+    secret = signing.new_secret("ed25519" if ed25519 else "hmac")
+    public = signing.public_key(secret)
+    if public is None:
+        return [secret]
+    return [secret, f"{public}  (for receivers; the line above is for this service alone)"]
 
 
 def headers_of(head: bytes) -> dict[str, str]:

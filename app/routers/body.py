@@ -9,7 +9,7 @@ fault where there is one, and nothing of its values in the answer.
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -88,6 +88,25 @@ async def wanted(request: Request, model: type[M]) -> M:
     except ValidationError as invalid:
         findings = invalid.errors(include_url=False, include_context=False, include_input=False)
         raise errors.ValidationFailed(field_errors(findings, posted.value)) from None
+
+
+def declared(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
+    """What a route declares of the body that it reads with `wanted`, for FastAPI's `openapi_extra`."""
+    schema = model.model_json_schema()
+    whole = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": required, "content": {"application/json": {"schema": whole}}}}
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """The schema with what it refers to in its place: in the middle of a document, its references lead nowhere."""
+    if isinstance(schema, list):
+        return [_inlined(one, definitions) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
+    if name in definitions:
+        return _inlined(definitions[name] | {key: one for key, one in schema.items() if key != "$ref"}, definitions)
+    return {key: _inlined(one, definitions) for key, one in schema.items()}
 
 
 async def _received(request: Request) -> bytes:

@@ -22,8 +22,8 @@ MEDIA_TYPE = "application/problem+json"
 
 _DETAILS = {
     400: "The body is not JSON that this service reads.",
-    404: "No task has this id, or it has not what is asked for.",
-    409: "The task has ended, or its webhook is being sent.",
+    404: "Nothing has this id, or it has not what is asked for.",
+    409: "As things are, it can't be done; `detail` says why.",
     410: "The task ended so long ago that it was removed.",
     413: "The body is too large.",
     415: "The body is not declared as JSON in UTF-8.",

@@ -10,6 +10,7 @@ from app.db import Database
 from app.publisher import Publisher
 from app.routers.health import Readiness
 from app.utils.guard import EgressRules
+from app.utils.sealing import Seal
 
 
 class State(TypedDict):
@@ -21,6 +22,7 @@ class State(TypedDict):
     backlog: Backlog
     rules: EgressRules
     readiness: Readiness
+    seal: Seal | None
 
 
 def _state(request: Request) -> State:

@@ -24,12 +24,6 @@ router = APIRouter(prefix=PATH, tags=["tasks"])
 
 TaskId = Annotated[UUID, Path(alias="id", description="The `task_id` that the submit answered.")]
 
-_SUBMIT_BODY = {
-    "requestBody": {
-        "required": False,
-        "content": {"application/json": {"schema": schemas.SubmitRequest.model_json_schema()}},
-    }
-}
 _LOCATION = {"Location": {"description": "Where the task can be read.", "schema": {"type": "string"}}}
 _ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "Stored: the task will run.", "headers": _LOCATION}}
 _CANCELLED: dict[int | str, dict[str, Any]] = {
@@ -48,7 +42,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
     "/submit",
     status_code=202,
     responses=_ACCEPTED | problems.responses(400, 413, 415, 422, 503),
-    openapi_extra=_SUBMIT_BODY,
+    openapi_extra=body.declared(schemas.SubmitRequest, required=False),
 )
 async def submit(request: Request, response: Response, state: Resources, caller: door.Writer) -> schemas.TaskCreated:
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""

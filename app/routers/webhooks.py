@@ -25,12 +25,6 @@ _STATES = {
     "exhausted": (DeliveryStatus.EXHAUSTED,),
     "delivered": (DeliveryStatus.DELIVERED,),
 }
-_REDELIVER_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": schemas.RedeliverRequest.model_json_schema()}},
-    }
-}
 WEBHOOK = f"{PATH}{ONE}/webhook"
 
 router = APIRouter(tags=["webhooks"])
@@ -76,7 +70,9 @@ async def redeliver(task_id: TaskId, state: Resources) -> schemas.WebhookState:
 
 
 @router.post(
-    "/api/webhooks/redeliver", responses=problems.responses(400, 413, 415, 422, 503), openapi_extra=_REDELIVER_BODY
+    "/api/webhooks/redeliver",
+    responses=problems.responses(400, 413, 415, 422, 503),
+    openapi_extra=body.declared(schemas.RedeliverRequest, required=True),
 )
 async def redeliver_all(request: Request, state: Resources) -> schemas.Redelivered:
     """Send again what receivers missed between two times. Asking twice sends nothing twice that is not sent yet."""

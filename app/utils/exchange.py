@@ -38,6 +38,8 @@ class Outcome(StrEnum):
     INVALID_URL = "invalid_url"
     LOCAL_FAULT = "local_fault"
     """Our own side failed: no route, no name server, no socket left. It says nothing about the receiver."""
+    SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105  # a word, and no password
+    """A secret that should sign it can't be read; nothing was sent."""
 
 
 def readable(raw: bytes) -> str:

@@ -10,8 +10,9 @@ import binascii
 import hashlib
 import hmac
 import re
+import secrets as random
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from app.core import config, errors
 
@@ -50,6 +51,7 @@ class Ed25519Key:
 
 Key = bytes | Ed25519Key
 """What signs: the bytes of a `whsec_…` secret, or the pair of a `whsk_…` one."""
+Kind = Literal["hmac", "ed25519"]
 
 
 class NotVerified(errors.TaskQueueError):
@@ -64,6 +66,30 @@ def key(secret: str) -> Key:
     """
     raw = config.webhook_key(secret)
     return Ed25519Key.from_seed(raw[:32]) if secret.startswith("whsk_") else raw
+
+
+def new_secret(kind: Kind) -> str:
+    """A secret that nobody has seen: 32 random bytes."""
+    raw = random.token_bytes(32)
+    if kind == "hmac":
+        return f"whsec_{base64.b64encode(raw).decode()}"
+    return f"whsk_{base64.b64encode(raw + Ed25519Key.from_seed(raw).public_bytes).decode()}"
+
+
+def kind_of(secret: str) -> Kind:
+    """How a `whsec_…` or `whsk_…` secret signs."""
+    return "ed25519" if secret.startswith("whsk_") else "hmac"
+
+
+def public_key(secret: str) -> str | None:
+    """The `whpk_…` that checks what a `whsk_…` signs; None for a `whsec_…`, which has none. Raises as `key`."""
+    one = key(secret)
+    return None if isinstance(one, bytes) else f"whpk_{base64.b64encode(one.public_bytes).decode()}"
+
+
+def fingerprint(secret: str) -> str:
+    """What shows which secret is meant, and not what it is: the first 12 digits of `sha256sum` of its text."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:12]
 
 
 def check(secret: str) -> None:

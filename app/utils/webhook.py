@@ -138,7 +138,7 @@ class Sender:
 
     Args:
         rules: where it may connect to.
-        keys: sign every body; without any, bodies go unsigned.
+        keys: sign every body for which a POST names no others; without any, such bodies go unsigned.
         deadline_seconds: for one POST in all: name, connection, TLS, request, answer.
         resolver: names to addresses; the system's unless given.
         ssl_context: which certificates are trusted; the public ones unless given.
@@ -185,6 +185,7 @@ class Sender:
         traceparent: str | None,
         timestamp_seconds: int,
         owner: str = "",
+        keys: Sequence[signing.Key] | None = None,
     ) -> Receipt:
         """POST a webhook once, and say what happened. Only cancellation is raised.
 
@@ -195,13 +196,14 @@ class Sender:
             traceparent: W3C trace context to hand on, if there is one.
             timestamp_seconds: Unix time of this attempt, which is signed with it.
             owner: on whose behalf; no two owners share a connection.
+            keys: sign it instead of those of the sender.
         """
         started = time.monotonic()
         answer = exchange.Answer(EXCERPT_BYTES)
         failure: Exception | None = None
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                headers = self._headers(webhook_id, timestamp_seconds, body)
+                headers = self._headers(webhook_id, timestamp_seconds, body, self._keys if keys is None else keys)
                 if traceparent is not None:
                     headers["traceparent"] = traceparent
                 request = self._client.build_request(
@@ -212,15 +214,17 @@ class Sender:
             failure = error
         return _receipt(answer, failure, time.monotonic() - started)
 
-    def _headers(self, webhook_id: str, timestamp_seconds: int, body: bytes) -> dict[str, str]:
+    def _headers(
+        self, webhook_id: str, timestamp_seconds: int, body: bytes, keys: Sequence[signing.Key]
+    ) -> dict[str, str]:
         headers = {
             "content-type": "application/json",
             "user-agent": USER_AGENT,
             "webhook-id": webhook_id,
             "webhook-timestamp": str(timestamp_seconds),
         }
-        if self._keys:
-            headers["webhook-signature"] = sign(self._keys, webhook_id, timestamp_seconds, body)
+        if keys:
+            headers["webhook-signature"] = sign(keys, webhook_id, timestamp_seconds, body)
         return headers
 
 

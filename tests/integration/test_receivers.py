@@ -19,7 +19,9 @@ import pytest
 
 from app import delivery
 from app.core import config
+from app.main import create_app
 from app.utils import guard, signing, webhook
+from tests.conftest import settings_for
 from tests.support.network import closed_port
 
 ROOT = Path(__file__).parents[2]
@@ -222,3 +224,15 @@ def test_every_command_it_shows_exists() -> None:
 def test_every_anchor_is_a_heading() -> None:
     headings = re.findall(r"^## (.+)$", GUIDE, re.MULTILINE)
     assert re.findall(r"\]\(#([^)]+)\)", GUIDE) == [one.lower().replace(" ", "-") for one in headings]
+
+
+def test_every_route_that_the_guide_calls_is_there() -> None:
+    api = create_app(settings_for("postgresql://h/d", "redis://h/0"))
+    calls = re.findall(r"curl -s (?:-X (\w+) )?\"?\$API(/[^\s\"?]+)", GUIDE)
+    assert len(calls) > 8
+    known = {
+        (method.upper(), re.sub(r"{\w+}", "$", path))
+        for path, operations in api.openapi()["paths"].items()
+        for method in operations
+    }
+    assert {(method or "GET", re.sub(r"\$[A-Z]+", "$", path)) for method, path in calls} <= known

@@ -1,6 +1,7 @@
 import pytest
 
 from app import doctor
+from app.utils.sealing import Seal
 from tests.conftest import settings_for
 
 POSTGRES = {
@@ -103,3 +104,13 @@ def test_tasks_in_queues_that_nobody_looks_after_are_bad() -> None:
     [found] = doctor.judge_queues({"a", "z", "b"}, ("a",))
     assert found.level == "bad"
     assert found.sentence.endswith(": b, z")
+
+
+def test_secrets_that_nobody_can_read_are_bad_and_those_of_an_older_key_a_risk() -> None:
+    old, new = Seal(["o" * 32]), Seal(["n" * 32, "o" * 32])
+    assert doctor.judge_secrets({}, None) == []
+    assert doctor.judge_secrets({new.mark: 3}, new) == []
+    assert levels(doctor.judge_secrets({new.mark: 3, old.mark: 2}, new)) == ["risk"]
+    assert levels(doctor.judge_secrets({old.mark: 2}, Seal(["x" * 32]))) == ["bad"]
+    [found] = doctor.judge_secrets({old.mark: 2, new.mark: 1}, None)
+    assert "opens 3 webhook secrets" in found.sentence

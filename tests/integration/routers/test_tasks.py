@@ -449,6 +449,8 @@ async def test_openapi_declares_every_problem_and_the_body(api: httpx.AsyncClien
     submit = schema["paths"][SUBMIT]["post"]
     fields = submit["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"task", "args", "kwargs", "webhook_url", "eta", "expires", "tags"} <= set(fields)
+    assert "task.succeeded" in str(fields["webhook_events"])
+    assert "$defs" not in str(schema), "a reference that leads nowhere"
     assert set(submit["responses"]) == {"202", "400", "413", "415", "422", "503"}
     assert "Location" in submit["responses"]["202"]["headers"]
     for path, operations in schema["paths"].items():

@@ -16,8 +16,9 @@ from app.core.config import Settings
 from app.core.stopping import stop
 from app.db import Database
 from app.publisher import Publisher
-from app.routers import health, problems, tasks, webhook_secrets, webhooks
+from app.routers import health, problems, tasks, trials, webhook_secrets, webhooks
 from app.routers.state import State
+from app.turns import Turns
 from app.utils.guard import EgressRules
 from app.utils.sealing import Seal
 
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.include_router(tasks.router)
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
+    api.include_router(trials.router)
     api.include_router(health.router)
     problems.install(api)
     telemetry.instrument_api(api, settings)
@@ -94,6 +96,8 @@ class _Lifespan:
                 rules=EgressRules.from_settings(settings),
                 readiness=health.Readiness(db, broker, needed_revision=migrations.head()),
                 seal=Seal.from_settings(settings),
+                trial_turns=Turns("test events", of_one=trials.OWNER_WAITS, of_all=trials.ALL_WAIT),
+                redelivery_turns=Turns("redeliveries", of_one=1, of_all=webhooks.REDELIVERIES_AT_ONCE),
             )
 
 

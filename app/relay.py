@@ -25,6 +25,7 @@ from app.core import errors, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
 from app.keyring import Keyring, Ring
+from app.trials import Trials
 from app.utils import sealing
 from app.utils.webhook import Outcome, Receipt, Sender
 
@@ -109,9 +110,11 @@ class Relay:
     strays: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
     keyring: Keyring = field(init=False)
+    trials: Trials = field(init=False)
 
     def __post_init__(self) -> None:
         self.keyring = Keyring(self.db, self.settings)
+        self.trials = Trials(self.settings, self.db, self.sender, self.keyring)
 
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for.
@@ -216,11 +219,11 @@ class Relay:
         return len(ended)
 
     async def prune(self) -> int:
-        """Remove a batch of what is past its time: ended tasks, tombstones of earlier ones, secrets."""
+        """Remove a batch of what is past its time: ended tasks, tombstones of earlier ones, secrets, test events."""
         seconds = self.settings.retention_days * DAY_SECONDS
         pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
-        return pruned + await delivery.prune_secrets(self.db, limit=BATCH)
+        return pruned + await delivery.prune_secrets(self.db, limit=BATCH) + await self.trials.prune()
 
     async def deliver(self) -> int:
         """Start sending the webhooks that are due, as many as may be on their way at once."""
@@ -421,8 +424,8 @@ async def serve(settings: Settings) -> None:
             async with asyncio.timeout_at(over_at):
                 await relay.claiming.acquire()
         await stopping.stop(*loops)
-        if relay.sending:
-            await asyncio.wait(relay.sending, timeout=max(0.0, over_at - loop.time()))
+        if sending := {*relay.sending, *relay.trials.sending}:
+            await asyncio.wait(sending, timeout=max(0.0, over_at - loop.time()))
         if relay.sending:
             await _hand_back(relay)
     await broker.close()
@@ -438,6 +441,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
         _every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
+        _every(TICK_SECONDS, relay.trials.send, "sending test events"),
         _every(RESEAL_SECONDS, relay.keyring.reseal, "sealing secrets anew"),
     ]
     for queue in relay.settings.queues:

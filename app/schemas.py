@@ -296,6 +296,42 @@ class SecretList(BaseModel):
     next_cursor: None = Field(None, description="There are so few that they are never cut into pages.")
 
 
+class TestRequest(BaseModel):
+    """Where to send a test event."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"examples": [{"url": "https://example.com/hooks/tasks"}]},
+    )
+
+    url: str = Field(min_length=1, max_length=2048, description="As a `webhook_url`.")
+    event: Literal["webhook.test", "task.succeeded", "task.failed", "task.revoked", "task.started", "task.retrying"] = (
+        Field("webhook.test", description="What it looks like; `data.test` is true in any case.")
+    )
+
+
+class TestSent(BaseModel):
+    """The request of a test event."""
+
+    headers: dict[str, str]
+    body: str
+
+
+class TestRead(BaseModel):
+    """What came of a test event."""
+
+    webhook_id: UUID
+    outcome: str = Field(description="`success`, or why it is none.")
+    status_code: int | None = Field(description="What was answered, if anything was.")
+    retry_after_seconds: float | None = Field(description="The rest that the receiver asked for.")
+    duration_seconds: float = Field(description="From the look-up of the name to the end of the answer.")
+    excerpt: str = Field(description="The first 4 KiB of an answer other than 2xx.")
+    advice: str = Field(description="What to do about it.")
+    request: TestSent | None = Field(description="What was sent, or was about to be; null if there was no request.")
+
+
 class TaskRead(BaseModel):
     """Everything known about a task but its arguments and its result."""
 

@@ -19,6 +19,7 @@
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
         ├── ValidationFailed      422
+        ├── TooManyAtOnce         429, with Retry-After
         └── ServiceUnavailable    503, with Retry-After
 
 The message of each is a sentence for the person who reads it. It names fields
@@ -179,6 +180,12 @@ class ValidationFailed(RequestError):
     def __init__(self, errors: Sequence[FieldError]) -> None:
         named = ", ".join(error.pointer or "the body" for error in errors[:5])
         super().__init__(f"The request is not valid: see {named}", errors=errors)
+
+
+class TooManyAtOnce(RequestError):
+    """As many requests of this kind as one caller may have are under way."""
+
+    status, slug, title = 429, "too-many-at-once", "Too many at once"
 
 
 class ServiceUnavailable(RequestError):

@@ -13,7 +13,8 @@ random token, as those of a task are: a relay that was presumed dead changes
 nothing. Its POST may have arrived all the same, so delivery is at least once,
 under one id.
 
-Beside it are the secrets that sign an owner's webhooks.
+Beside it are the secrets that sign an owner's webhooks, and test events, which
+are no part of the outbox: nothing has happened that they would tell.
 """
 
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
@@ -51,6 +52,19 @@ from app.delivery.secret import (
     secrets,
     secrets_under,
 )
+from app.delivery.trial import (
+    PICKUP_SECONDS,
+    TEST,
+    Trial,
+    Tried,
+    ask_trial,
+    claim_trials,
+    end_trial,
+    hear_trial,
+    prune_trials,
+    trial_body,
+    withdraw_trial,
+)
 
 __all__ = [
     "BEGINNING",
@@ -59,8 +73,10 @@ __all__ = [
     "GONE",
     "HOPELESS",
     "INLINE_BYTES",
+    "PICKUP_SECONDS",
     "REST_SECONDS",
     "SECRETS_AT_MOST",
+    "TEST",
     "Attempt",
     "Batch",
     "Claimed",
@@ -74,23 +90,30 @@ __all__ = [
     "Secret",
     "State",
     "Told",
+    "Trial",
+    "Tried",
     "Unplaced",
     "Verdict",
+    "ask_trial",
     "attempts",
     "belongs_to",
     "body",
     "claim_by_receiver",
     "claim_due",
+    "claim_trials",
     "count_due",
     "decide",
+    "end_trial",
     "events",
     "give_up",
+    "hear_trial",
     "intend",
     "marks",
     "number",
     "patience_seconds",
     "place_secret",
     "prune_secrets",
+    "prune_trials",
     "redeliver",
     "redeliver_batch",
     "release",
@@ -103,4 +126,6 @@ __all__ = [
     "state_of",
     "tells",
     "told_columns",
+    "trial_body",
+    "withdraw_trial",
 ]

@@ -238,13 +238,13 @@ async def settle(db: Database, claimed: Claimed, receipt: Receipt, verdict: Verd
         error,
         claimed.claimed_at,
         receipt.duration_seconds,
-        _kept(receipt.excerpt),
+        kept_excerpt(receipt.excerpt),
         verdict.spends,
     )
     return settled is not None
 
 
-def _kept(excerpt: str) -> str:
+def kept_excerpt(excerpt: str) -> str:
     """An excerpt as Postgres can hold it: no NUL, no lone surrogate, and no more than its share of bytes."""
     raw = excerpt.replace("\x00", "").encode("utf-8", "replace")[:EXCERPT_BYTES]
     return raw.decode("utf-8", "ignore")

@@ -154,11 +154,16 @@ def _repairs(body: bytes) -> list[tuple[bytes, str]]:
 
 def told(headers: Mapping[str, str], body: bytes) -> str:
     """What a webhook says, in a few words that a terminal bears."""
+    line = ", ".join([*_said(body), f"webhook-id {headers.get('webhook-id', '')}"])
+    return " ".join(exchange.readable(line.encode("utf-8", "replace")).split())[:500]
+
+
+def _said(body: bytes) -> Sequence[str]:
     try:
         event = json.loads(body)
-        kind, data = event["type"], event["data"]
-        said = [str(kind), f"task {data['task_id']}", str(data["status"]), f"sequence {data['sequence']}"]
-    except (ValueError, RecursionError, LookupError, TypeError):
-        said = ["an event of another kind"]
-    line = ", ".join([*said, f"webhook-id {headers.get('webhook-id', '')}"])
-    return " ".join(exchange.readable(line.encode("utf-8", "replace")).split())[:500]
+        kind, data = str(event["type"]), event["data"]
+        if data.get("test") is True:
+            return [f"{kind}, a test"]
+        return [kind, f"task {data['task_id']}", str(data["status"]), f"sequence {data['sequence']}"]
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return ["an event of another kind"]

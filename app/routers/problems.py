@@ -28,8 +28,10 @@ _DETAILS = {
     413: "The body is too large.",
     415: "The body is not declared as JSON in UTF-8.",
     422: "Fields are missing, unknown or wrong.",
+    429: "Too much at once; try again after Retry-After seconds.",
     503: "Postgres can't be reached, or too much is waiting; try again after Retry-After seconds.",
 }
+_WAITS = frozenset({429, 503})
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 
 
@@ -37,7 +39,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route declares of its problems."""
     return {
         status: {"model": Problem, "description": _DETAILS[status]}
-        | ({"headers": _RETRY_AFTER} if status == 503 else {})  # noqa: PLR2004
+        | ({"headers": _RETRY_AFTER} if status in _WAITS else {})
         for status in statuses
     }
 

@@ -9,6 +9,7 @@ from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
 from app.routers.health import Readiness
+from app.turns import Turns
 from app.utils.guard import EgressRules
 from app.utils.sealing import Seal
 
@@ -23,6 +24,8 @@ class State(TypedDict):
     rules: EgressRules
     readiness: Readiness
     seal: Seal | None
+    trial_turns: Turns
+    redelivery_turns: Turns
 
 
 def _state(request: Request) -> State:

@@ -1,15 +1,16 @@
 """What became of a task's webhook, every attempt, sending it again, and the events for whoever asks."""
 
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app import delivery, lifecycle, schemas
 from app.core import errors
 from app.core.statuses import DeliveryStatus
-from app.routers import body, problems
+from app.routers import body, door, problems
 from app.routers.state import Resources, State
 from app.routers.tasks import ONE, PATH, TaskId, absent
 
@@ -19,6 +20,8 @@ STEP = 1000
 """Webhooks that one statement looks at."""
 STEPS = 10
 """Such statements of one request."""
+REDELIVERIES_AT_ONCE = 4
+"""Such requests of all owners that one process works on; of one owner, one."""
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _STATES = {
     "undelivered": (DeliveryStatus.EXHAUSTED, DeliveryStatus.PENDING),
@@ -69,9 +72,15 @@ async def redeliver(task_id: TaskId, state: Resources) -> schemas.WebhookState:
     return _shown(task_id, url, await delivery.state_of(state["db"], task_id))
 
 
+async def _redelivery_turn(state: Resources, caller: door.WebhookKeeper) -> AsyncIterator[None]:
+    with state["redelivery_turns"].turn(caller.owner):
+        yield
+
+
 @router.post(
     "/api/webhooks/redeliver",
-    responses=problems.responses(400, 413, 415, 422, 503),
+    dependencies=[Depends(_redelivery_turn)],
+    responses=problems.responses(400, 413, 415, 422, 429, 503),
     openapi_extra=body.declared(schemas.RedeliverRequest, required=True),
 )
 async def redeliver_all(request: Request, state: Resources) -> schemas.Redelivered:

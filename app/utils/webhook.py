@@ -11,7 +11,7 @@ import ssl
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -70,6 +70,7 @@ class Receipt:
         duration_seconds: from the call to the end, whatever the end.
         excerpt: the beginning of the body of an answer other than 2xx, as text that Postgres can hold: at most
             4 KiB of it, also in UTF-8.
+        request_headers: what was sent, or was about to be; none if there was nothing that could be.
     """
 
     outcome: Outcome
@@ -77,6 +78,7 @@ class Receipt:
     retry_after_seconds: float | None = None
     duration_seconds: float = 0.0
     excerpt: str = ""
+    request_headers: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +203,7 @@ class Sender:
         started = time.monotonic()
         answer = exchange.Answer(EXCERPT_BYTES)
         failure: Exception | None = None
+        sent: Mapping[str, str] = {}
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 headers = self._headers(webhook_id, timestamp_seconds, body, self._keys if keys is None else keys)
@@ -209,10 +212,11 @@ class Sender:
                 request = self._client.build_request(
                     "POST", self._admitted(url), headers=headers, content=body, extensions={guarded.OWNER: owner}
                 )
+                sent = request.headers
                 await answer.receive(self._client, request, wanted=lambda status: not exchange.is_success(status))
         except Exception as error:  # noqa: BLE001  # libraries raise more kinds than they list; none may escape
             failure = error
-        return _receipt(answer, failure, time.monotonic() - started)
+        return _receipt(answer, failure, time.monotonic() - started, sent)
 
     def _headers(
         self, webhook_id: str, timestamp_seconds: int, body: bytes, keys: Sequence[signing.Key]
@@ -228,12 +232,19 @@ class Sender:
         return headers
 
 
-def _receipt(answer: exchange.Answer, failure: Exception | None, duration_seconds: float) -> Receipt:
+def _receipt(
+    answer: exchange.Answer, failure: Exception | None, duration_seconds: float, sent: Mapping[str, str]
+) -> Receipt:
     """Once a status has come, it is the outcome: how the rest of the answer ended changes nothing."""
     if answer.status_code is None:
-        return Receipt(outcome=exchange.outcome_of(failure), duration_seconds=duration_seconds)
+        return Receipt(outcome=exchange.outcome_of(failure), duration_seconds=duration_seconds, request_headers=sent)
     if exchange.is_success(answer.status_code):
-        return Receipt(outcome=Outcome.SUCCESS, status_code=answer.status_code, duration_seconds=duration_seconds)
+        return Receipt(
+            outcome=Outcome.SUCCESS,
+            status_code=answer.status_code,
+            duration_seconds=duration_seconds,
+            request_headers=sent,
+        )
     # A date is counted from the receiver's own clock where it tells it, so that ours may differ.
     now = _http_date(answer.headers.get("date")) or datetime.now(UTC)
     return Receipt(
@@ -242,6 +253,7 @@ def _receipt(answer: exchange.Answer, failure: Exception | None, duration_second
         retry_after_seconds=retry_after(answer.headers.get("retry-after"), now),
         duration_seconds=duration_seconds,
         excerpt=exchange.excerpt(bytes(answer.body), EXCERPT_BYTES),
+        request_headers=sent,
     )
 
 

@@ -192,3 +192,5 @@ async def test_openapi_says_what_the_new_routes_answer(api: httpx.AsyncClient) -
     assert set(made_with["responses"]) == {"201", "400", "409", "413", "415", "422", "503"}
     assert "grace_seconds" in str(made_with["requestBody"])
     assert set(schema["paths"][SECRETS + "/{id}"]["delete"]["responses"]) == {"204", "404", "422", "503"}
+    test = schema["paths"]["/api/webhooks/test"]["post"]["responses"]
+    assert "Retry-After" in test["429"]["headers"]

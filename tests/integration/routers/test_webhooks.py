@@ -1,5 +1,6 @@
 """What a submitter can learn of a webhook, and do about it."""
 
+import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -221,6 +222,17 @@ async def test_many_are_sent_again_in_batches_however_alike_their_times(
             break
     assert counts == [4, 4, 2]
     assert await delivery.count_due(db) == 10
+
+
+async def test_one_search_for_what_was_missed_is_under_way_at_once(api: httpx.AsyncClient) -> None:
+    since = {"since": "2020-01-01T00:00:00Z"}
+    answers = await asyncio.gather(*(api.post("/api/webhooks/redeliver", json=since) for _ in range(3)))
+    refused = [one for one in answers if one.status_code != 200]
+    assert len(refused) == 2
+    for one in refused:
+        assert assert_problem(one, 429)["type"] == "/problems/too-many-at-once"
+        assert one.headers["retry-after"] == "1"
+    assert await all_again(api) == (0, None), "a turn ends with its answer"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 import base64
 import io
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from app import cli
+from app import cli, delivery
 from app.core import errors
 from app.dev import receiving
 from app.utils import signing
@@ -164,6 +166,24 @@ def test_a_new_secret_signs_and_its_public_half_verifies(capsys: pytest.CaptureF
         signed = HEADERS | {"webhook-signature": signing.sign([signing.key(ours)], "id-1", SENT_AT, BODY)}
         assert receiving.verified([theirs], signed, BODY, SENT_AT) == LINE
     assert run(capsys, "secret")[1] != shared
+
+
+@pytest.mark.parametrize("event", ["webhook.test", "task.failed"])
+def test_a_test_event_is_shown_as_one(event: str) -> None:
+    moment = datetime(2030, 1, 31, tzinfo=UTC)
+    trial = delivery.Trial(
+        id=UUID(int=1),
+        owner="",
+        url="https://example.com/",
+        event=event,
+        traceparent=None,
+        created_at=moment,
+        claimed_at=moment,
+        token=UUID(int=2),
+    )
+    body = delivery.trial_body(trial, "full")
+    headers = HEADERS | {"webhook-signature": signing.sign([signing.key(SECRET)], "id-1", SENT_AT, body)}
+    assert receiving.verified([SECRET], headers, body, SENT_AT) == f"{event}, a test, webhook-id id-1"
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,23 @@ class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships n
         beat_file(_settings()).touch()
 
 
+class WatchAnewStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
+    """Has the pool watch each child again when the connection to Redis is back.
+
+    A child that died while the connection broke may be in the pool still, and no
+    longer watched. Celery then registers a file that is not there, and the worker
+    ends with an unrecoverable error instead of replacing the child.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, consumer: Any) -> None:
+        """Forget who is not watched: the event loop, which starts next, then watches and replaces them."""
+        for child in consumer.pool._pool._pool:  # noqa: SLF001  # Celery shows them nowhere else
+            if getattr(child, "_sentinel_poll", 0) is None:
+                del child._sentinel_poll  # noqa: SLF001  # as above
+
+
 def beat_file(settings: Settings) -> Path:
     """The file whose time tells that the worker works."""
     return settings.data_dir / "run" / "worker.beat"
@@ -179,6 +196,7 @@ def beat_file(settings: Settings) -> Path:
 
 app = submission.celery
 app.steps["worker"].update({KeeperStep, BeatStep})
+app.steps["consumer"].add(WatchAnewStep)
 app.add_defaults(lambda: configuration(_settings()))
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "app.worker.transport:Transport"))
 app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "app.worker.results:RowBackend")

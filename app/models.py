@@ -4,7 +4,8 @@ A row of `task` is the task: its arguments, its budgets and its end. Redis holds
 at most a hint to it. A row of `webhook_delivery` is one event that somebody
 is to hear of, and one of `webhook_attempt` a try to tell them. `webhook_secret`
 holds what signs an owner's webhooks, sealed, and `webhook_test` a test event
-for as long as somebody waits to hear what came of it.
+for as long as somebody waits to hear what came of it. A row of `api_key` is all
+that is kept of a key: enough to know it again.
 """
 
 from datetime import datetime
@@ -34,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import Field, SQLModel
 
+from app.core.scopes import Scope
 from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus, WebhookEvent
 
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
@@ -170,6 +172,8 @@ class TaskTombstone(SQLModel, table=True):
 
     id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
     pruned_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """That of the task: nobody else hears that there was one."""
 
 
 class WebhookDelivery(SQLModel, table=True):
@@ -192,9 +196,9 @@ class WebhookDelivery(SQLModel, table=True):
         ),
         # Those that an earlier release has written, which no search from receiver to receiver comes upon.
         Index("webhook_delivery_nameless", "next_at", postgresql_where=text("status = 'pending' AND origin IS NULL")),
-        Index("webhook_delivery_created", "created_at", "id"),
-        # Events in line, and those that have no place in it yet.
-        Index("webhook_delivery_position", "position", postgresql_where=text("position IS NOT NULL")),
+        Index("webhook_delivery_happened", "owner", "created_at", "id"),
+        # The events of an owner in line, and those that have no place in it yet.
+        Index("webhook_delivery_line", "owner", "position", postgresql_where=text("position IS NOT NULL")),
         Index("webhook_delivery_unnumbered", "created_at", "sequence", postgresql_where=text("position IS NULL")),
         Index("webhook_delivery_leased", "lease_until", postgresql_where=text("status = 'delivering'")),
         # As for tasks: what was sent must not lie for long before what is due.
@@ -317,3 +321,32 @@ class WebhookTest(SQLModel, table=True):
     headers: dict[str, str] | None = Field(default=None, sa_column=Column(JSON))
     """Those of the request."""
     body: str | None = Field(default=None, sa_column=Column(Text))
+
+
+class ApiKey(SQLModel, table=True):
+    """One key to the API. The key itself is not kept: whoever reads this table can't use what they find."""
+
+    __tablename__ = "api_key"
+    __table_args__ = (
+        CheckConstraint("octet_length(digest) = 32", name="api_key_digest_length"),
+        CheckConstraint("length(owner) <= 64", name="api_key_owner_length"),
+        CheckConstraint("length(name) <= 64", name="api_key_name_length"),
+        CheckConstraint(f"cardinality(scopes) > 0 AND scopes <@ ARRAY[{_words(Scope)}]", name="api_key_scopes_known"),
+    )
+
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    """Stands in the key, and may be told: it opens nothing."""
+    digest: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """HMAC-SHA256 of the whole key, keyed by what `master` names."""
+    master: str = Field(sa_column=Column(Text, nullable=False))
+    """Which TASKQUEUE_SECRET_KEY the digest was made with (`derived.key_id`)."""
+    owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """Whose tasks it submits and sees."""
+    scopes: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False))
+    name: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """What people call it."""
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    expires_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    revoked_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    last_used_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When it last opened something, to a minute or so."""

@@ -62,17 +62,18 @@ class Event:
 _EVENTS = f"""
 SELECT d.id, d.position, {FACTS} AS facts, {OUTCOME} AS outcome
   FROM webhook_delivery d JOIN task t ON t.id = d.task_id
- WHERE d.position IS NOT NULL AND d.position > $1
+ WHERE d.owner = $3 AND d.position IS NOT NULL AND d.position > $1
  ORDER BY d.position LIMIT $2
 """
 
 
-async def events(db: Database, *, after: int, limit: int) -> list[Event]:
-    """The events behind a place, in line. Whoever asks on from the last of them misses none.
+async def events(db: Database, *, owner: str = "", after: int, limit: int) -> list[Event]:
+    """The events of an owner behind a place, in line. Whoever asks on from the last of them misses none.
 
     Args:
         db: where.
+        owner: whose tasks they are of.
         after: position of the last one that is known already; 0 for the oldest that is kept.
         limit: events at most.
     """
-    return [Event(**dict(row)) for row in await db.fetch(_EVENTS, after, limit)]
+    return [Event(**dict(row)) for row in await db.fetch(_EVENTS, after, limit, owner)]

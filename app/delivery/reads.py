@@ -1,4 +1,7 @@
-"""What may be asked about deliveries and their attempts. Reads take no locks and change nothing."""
+"""What may be asked about deliveries and their attempts. Reads take no locks and change nothing.
+
+As with tasks, a caller sees their own: without an owner that is what belongs to nobody in particular.
+"""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -56,13 +59,13 @@ class Attempt:
 _STATE = """
 SELECT id, event, sequence, status, attempt, CASE WHEN status = 'pending' THEN next_at END AS next_at, delivered_at,
        last_status_code, last_error
-  FROM webhook_delivery WHERE task_id = $1 ORDER BY sequence DESC LIMIT 1
+  FROM webhook_delivery WHERE task_id = $1 AND owner = $2 ORDER BY sequence DESC LIMIT 1
 """
 
 
-async def state_of(db: Database, task_id: UUID) -> State | None:
-    """How far the newest webhook of a task has come; None if it has none (yet)."""
-    row = await db.fetchrow(_STATE, task_id)
+async def state_of(db: Database, task_id: UUID, *, owner: str = "") -> State | None:
+    """How far the newest webhook of a task of `owner` has come; None if it has none (yet)."""
+    row = await db.fetchrow(_STATE, task_id, owner)
     if row is None:
         return None
     columns = dict(row)
@@ -73,19 +76,22 @@ _ATTEMPTS = """
 SELECT a.delivery_id, d.event, d.sequence, a.number, a.started_at, a.duration_seconds, a.status_code, a.error,
        a.excerpt
   FROM webhook_delivery d JOIN webhook_attempt a ON a.delivery_id = d.id
- WHERE d.task_id = $1 AND d.sequence >= $2::int AND (d.sequence, a.number) > ($2::int, $3::int)
+ WHERE d.task_id = $1 AND d.owner = $5 AND d.sequence >= $2::int AND (d.sequence, a.number) > ($2::int, $3::int)
  ORDER BY d.sequence, a.number LIMIT $4
 """
 
 
-async def attempts(db: Database, task_id: UUID, *, after: tuple[int, int] = (0, 0), limit: int) -> list[Attempt]:
+async def attempts(
+    db: Database, task_id: UUID, *, owner: str = "", after: tuple[int, int] = (0, 0), limit: int
+) -> list[Attempt]:
     """The attempts to tell somebody of a task, in the order of its events and then of their numbers.
 
     Args:
         db: where.
-        task_id: whose.
+        task_id: of which task.
+        owner: whose it is.
         after: sequence and number of the last one that is known already.
         limit: attempts at most.
     """
-    rows = await db.fetch(_ATTEMPTS, task_id, *after, limit)
+    rows = await db.fetch(_ATTEMPTS, task_id, *after, limit, owner)
     return [Attempt(**dict(row)) for row in rows]

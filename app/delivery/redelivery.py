@@ -28,7 +28,8 @@ _BEGIN_ANEW = """
 """
 _REDELIVER = f"""
 WITH newest AS (
-    SELECT id, status FROM webhook_delivery WHERE task_id = $1 ORDER BY sequence DESC LIMIT 1 FOR UPDATE
+    SELECT id, status FROM webhook_delivery
+     WHERE task_id = $1 AND owner = $2 ORDER BY sequence DESC LIMIT 1 FOR UPDATE
 ), again AS (
     UPDATE webhook_delivery d {_BEGIN_ANEW} FROM newest WHERE d.id = newest.id AND newest.status <> 'delivering'
 )
@@ -36,9 +37,9 @@ SELECT status FROM newest
 """
 
 
-async def redeliver(db: Database, task_id: UUID) -> Redelivery:
-    """Make the newest webhook of a task due now, unless it is being sent. Asking twice is asking once."""
-    was = await db.fetchval(_REDELIVER, task_id)
+async def redeliver(db: Database, task_id: UUID, *, owner: str = "") -> Redelivery:
+    """Make the newest webhook of a task of `owner` due now, unless it is being sent. Asking twice is asking once."""
+    was = await db.fetchval(_REDELIVER, task_id, owner)
     if was is None:
         return Redelivery.NOTHING
     return Redelivery.UNDER_WAY if was == DeliveryStatus.DELIVERING else Redelivery.DUE
@@ -46,7 +47,7 @@ async def redeliver(db: Database, task_id: UUID) -> Redelivery:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A place among all webhooks, in the order in which their events happened."""
+    """A place among the webhooks of one owner, in the order in which their events happened."""
 
     created_at: datetime
     id: UUID
@@ -70,7 +71,7 @@ class Batch:
 _REDELIVER_BATCH = f"""
 WITH looked_at AS (
     SELECT id, created_at FROM webhook_delivery
-     WHERE created_at >= $1 AND created_at < COALESCE($2::timestamptz, 'infinity')
+     WHERE owner = $7 AND created_at >= $1 AND created_at < COALESCE($2::timestamptz, 'infinity')
        AND ($3::timestamptz IS NULL OR (created_at, id) > ($3, $4::uuid))
      ORDER BY created_at, id LIMIT $5
 ), due AS (
@@ -90,6 +91,7 @@ SELECT count(*) AS looked_at, (SELECT count(*) FROM again) AS redelivered,
 async def redeliver_batch(
     db: Database,
     *,
+    owner: str = "",
     since: datetime,
     until: datetime | None,
     statuses: Collection[DeliveryStatus],
@@ -100,6 +102,7 @@ async def redeliver_batch(
 
     Args:
         db: where.
+        owner: whose webhooks.
         since: when the event happened, or later.
         until: before when it happened; None for any time.
         statuses: which of them; what is being sent is left alone, and what is due already is not counted.
@@ -110,7 +113,7 @@ async def redeliver_batch(
     # What is first in the window is reached through the index even where `after` is given.
     begin = since if after is None else max(since, after.created_at)
     wanted = [str(status) for status in statuses]
-    row = await db.fetchrow(_REDELIVER_BATCH, begin, until, *mark, limit, wanted)
+    row = await db.fetchrow(_REDELIVER_BATCH, begin, until, *mark, limit, wanted, owner)
     if row is None:  # pragma: no cover - an aggregate has a row
         return Batch(redelivered=0, end=None)
     end = Mark(row["created_at"], row["id"]) if row["looked_at"] == limit else None

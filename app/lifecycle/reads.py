@@ -1,4 +1,8 @@
-"""What may be asked about tasks. Reads take no locks and change nothing."""
+"""What may be asked about tasks. Reads take no locks and change nothing.
+
+What a caller asks for is their own: without an owner it is what belongs to
+nobody in particular, so who forgets to name one finds less, never more.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,13 +52,13 @@ SELECT t.id, t.name, t.queue, t.status, t.attempt, t.failures, t.max_retries, t.
   FROM task t
   LEFT JOIN LATERAL (SELECT status, attempt, next_at FROM webhook_delivery
                       WHERE task_id = t.id ORDER BY sequence DESC LIMIT 1) d ON true
- WHERE t.id = $1
+ WHERE t.id = $1 AND t.owner = $2
 """
 
 
-async def view(db: Database, task_id: UUID) -> TaskView | None:
-    """Everything known about a task, with the state of its newest webhook; None if unknown."""
-    row = await db.fetchrow(_VIEW, task_id)
+async def view(db: Database, task_id: UUID, *, owner: str = "") -> TaskView | None:
+    """Everything known about a task of `owner`, with the state of its newest webhook; None if they have none."""
+    row = await db.fetchrow(_VIEW, task_id, owner)
     if row is None:
         return None
     columns = dict(row)
@@ -66,24 +70,25 @@ async def view(db: Database, task_id: UUID) -> TaskView | None:
     return TaskView(status=status, tags=tuple(columns.pop("tags")), error=error, **columns)
 
 
-async def status(db: Database, task_id: UUID) -> TaskStatus | None:
-    """A task's status; None if unknown."""
-    found = await db.fetchval("SELECT status FROM task WHERE id = $1", task_id)
+async def status(db: Database, task_id: UUID, *, owner: str = "") -> TaskStatus | None:
+    """The status of a task of `owner`; None if they have no such task."""
+    found = await db.fetchval("SELECT status FROM task WHERE id = $1 AND owner = $2", task_id, owner)
     return None if found is None else TaskStatus(found)
 
 
-_RESULTS = """
-SELECT id, status, result, error_type, error_message, error_traceback FROM task WHERE id = ANY($1::uuid[])
-"""
+_HOW = "SELECT id, status, result, error_type, error_message, error_traceback FROM task"
+_RESULT = f"{_HOW} WHERE id = $1 AND owner = $2"
+_RESULTS = f"{_HOW} WHERE id = ANY($1::uuid[])"
 
 
-async def result(db: Database, task_id: UUID) -> tuple[TaskStatus, Ended | None] | None:
-    """A task's status and, if it has ended, how; None if unknown."""
-    return (await results(db, [task_id])).get(task_id)
+async def result(db: Database, task_id: UUID, *, owner: str = "") -> tuple[TaskStatus, Ended | None] | None:
+    """The status of a task of `owner` and, if it has ended, how; None if they have no such task."""
+    row = await db.fetchrow(_RESULT, task_id, owner)
+    return None if row is None else _status_and_end(row)
 
 
 async def results(db: Database, task_ids: Sequence[UUID]) -> dict[UUID, tuple[TaskStatus, Ended | None]]:
-    """As `result`, for all of these that are known."""
+    """As `result`, for all of these that are known, whosever they are: for our own processes, not for a caller."""
     rows = await db.fetch(_RESULTS, list(task_ids))
     return {row["id"]: _status_and_end(row) for row in rows}
 

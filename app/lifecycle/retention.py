@@ -19,10 +19,10 @@ WITH old AS (
              WHERE d.task_id = t.id AND d.status IN ('pending', 'delivering') LIMIT 1) IS NULL
      ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED
 ), gone AS (
-    DELETE FROM task t USING old WHERE t.id = old.id RETURNING t.id
+    DELETE FROM task t USING old WHERE t.id = old.id RETURNING t.id, t.owner
 )
-INSERT INTO task_tombstone (id) SELECT id FROM gone
-ON CONFLICT (id) DO UPDATE SET pruned_at = now()
+INSERT INTO task_tombstone (id, owner) SELECT id, owner FROM gone
+ON CONFLICT (id) DO UPDATE SET pruned_at = now(), owner = excluded.owner
 RETURNING id
 """
 
@@ -55,6 +55,7 @@ async def forget(db: Database, *, older_than_seconds: float, limit: int) -> int:
     return len(await db.fetch(_FORGET, older_than_seconds, limit))
 
 
-async def was_pruned(db: Database, task_id: UUID) -> bool:
-    """Whether a task of this id was there, and was removed after its retention."""
-    return await db.fetchval("SELECT true FROM task_tombstone WHERE id = $1", task_id) is True
+async def was_pruned(db: Database, task_id: UUID, *, owner: str = "") -> bool:
+    """Whether `owner` had a task of this id that was removed after its retention."""
+    sql = "SELECT true FROM task_tombstone WHERE id = $1 AND owner = $2"
+    return await db.fetchval(sql, task_id, owner) is True

@@ -216,20 +216,20 @@ WITH asked AS (
            error_traceback = CASE WHEN status = 'STARTED' THEN error_traceback END,
            event_sequence = event_sequence
                           + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'REVOKED' END")}
-     WHERE id = $1 AND status IN ('PENDING', 'RETRY', 'STARTED')
+     WHERE id = $1 AND owner = $2 AND status IN ('PENDING', 'RETRY', 'STARTED')
     RETURNING {delivery.told_columns()}, error_traceback
 ), hook AS ({delivery.intend("asked")})
 SELECT * FROM asked
 """
 
 
-async def cancel(db: Database, task_id: UUID) -> Settled | None:
-    """End a waiting task as REVOKED at once; mark a running one, whose next renewal hears of it.
+async def cancel(db: Database, task_id: UUID, *, owner: str = "") -> Settled | None:
+    """End a waiting task of `owner` as REVOKED at once; mark a running one, whose next renewal hears of it.
 
     Returns:
-        Its status now; None if there is no such task or it has ended.
+        Its status now; None if they have no such task or it has ended.
     """
-    row = await db.fetchrow(_CANCEL, task_id)
+    row = await db.fetchrow(_CANCEL, task_id, owner)
     if row is None:
         return None
     return settled_of(row)

@@ -5,19 +5,11 @@ everybody is the same caller, whose tasks have an empty owner, and may do everyt
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated
 
 from fastapi import Depends
 
-
-class Scope(StrEnum):
-    """What a caller may be allowed to do."""
-
-    TASKS_READ = "tasks:read"
-    TASKS_WRITE = "tasks:write"
-    WEBHOOKS = "webhooks"
-    ADMIN = "admin"
+from app.core.scopes import Scope
 
 
 @dataclass(frozen=True, slots=True)

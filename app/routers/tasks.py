@@ -61,11 +61,11 @@ async def submit(request: Request, response: Response, state: Resources, caller:
 
 
 @router.get(f"{ONE}/status", responses=problems.responses(404, 410, 422, 503))
-async def read_status(task_id: TaskId, state: Resources) -> schemas.StatusRead:
+async def read_status(task_id: TaskId, state: Resources, caller: door.Reader) -> schemas.StatusRead:
     """Where the task is in its life."""
-    found = await lifecycle.status(state["db"], task_id)
+    found = await lifecycle.status(state["db"], task_id, owner=caller.owner)
     if found is None:
-        raise await absent(task_id, state)
+        raise await absent(task_id, state, caller)
     return schemas.StatusRead(status=found)
 
 
@@ -74,11 +74,11 @@ async def read_status(task_id: TaskId, state: Resources) -> schemas.StatusRead:
     response_model=schemas.ResultRead,
     responses=_NOT_READY | problems.responses(404, 410, 422, 503),
 )
-async def read_result(task_id: TaskId, state: Resources) -> Response:
+async def read_result(task_id: TaskId, state: Resources, caller: door.Reader) -> Response:
     """How the task ended: its result, or null and why."""
-    found = await lifecycle.result(state["db"], task_id)
+    found = await lifecycle.result(state["db"], task_id, owner=caller.owner)
     if found is None:
-        raise await absent(task_id, state)
+        raise await absent(task_id, state, caller)
     _, ended = found
     if ended is None:
         not_ready = schemas.NotReady().model_dump()
@@ -90,20 +90,20 @@ async def read_result(task_id: TaskId, state: Resources) -> Response:
 
 
 @router.get(ONE, responses=problems.responses(404, 410, 422, 503))
-async def read_task(task_id: TaskId, state: Resources) -> schemas.TaskRead:
+async def read_task(task_id: TaskId, state: Resources, caller: door.Reader) -> schemas.TaskRead:
     """Everything known about the task but its arguments and its result."""
-    found = await lifecycle.view(state["db"], task_id)
+    found = await lifecycle.view(state["db"], task_id, owner=caller.owner)
     if found is None:
-        raise await absent(task_id, state)
+        raise await absent(task_id, state, caller)
     return _task_read(found)
 
 
 @router.post(f"{ONE}/cancel", responses=_CANCELLED | problems.responses(404, 409, 410, 422, 503))
-async def cancel(task_id: TaskId, response: Response, state: Resources) -> schemas.StatusRead:
+async def cancel(task_id: TaskId, response: Response, state: Resources, caller: door.Writer) -> schemas.StatusRead:
     """End a task: at once if it waits; if it runs, its code is told within two seconds. Asking twice is asking once."""
-    cancelled = await lifecycle.cancel(state["db"], task_id)
+    cancelled = await lifecycle.cancel(state["db"], task_id, owner=caller.owner)
     if cancelled is None:
-        return await _cancelled_before(task_id, state)
+        return await _cancelled_before(task_id, state, caller)
     if cancelled.ended is None:
         response.status_code = 202
     else:
@@ -111,20 +111,21 @@ async def cancel(task_id: TaskId, response: Response, state: Resources) -> schem
     return schemas.StatusRead(status=cancelled.status)
 
 
-async def _cancelled_before(task_id: UUID, state: State) -> schemas.StatusRead:
+async def _cancelled_before(task_id: UUID, state: State, caller: door.Caller) -> schemas.StatusRead:
     """The answer for a task that no cancel could reach. Raises TaskEnded if another end came first."""
-    found = await lifecycle.result(state["db"], task_id)
+    found = await lifecycle.result(state["db"], task_id, owner=caller.owner)
     if found is None:
-        raise await absent(task_id, state)
+        raise await absent(task_id, state, caller)
     status, ended = found
     if ended is None or ended.error is None or ended.error.type != "Cancelled":
         raise errors.TaskEnded
     return schemas.StatusRead(status=status)
 
 
-async def absent(task_id: UUID, state: State) -> errors.RequestError:
-    """Why there is no such task: it is past its retention, or was never there."""
-    return errors.ResultExpired() if await lifecycle.was_pruned(state["db"], task_id) else errors.TaskNotFound()
+async def absent(task_id: UUID, state: State, caller: door.Caller) -> errors.RequestError:
+    """Why the caller has no such task: it is past its retention, or never was theirs."""
+    pruned = await lifecycle.was_pruned(state["db"], task_id, owner=caller.owner)
+    return errors.ResultExpired() if pruned else errors.TaskNotFound()
 
 
 def _new_task(wanted: schemas.SubmitRequest, state: State, *, owner: str, traceparent: str) -> lifecycle.NewTask:

@@ -40,36 +40,36 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page at most.
 
 
 @router.get(WEBHOOK, responses=problems.responses(404, 410, 422, 503))
-async def read_webhook(task_id: TaskId, state: Resources) -> schemas.WebhookState:
+async def read_webhook(task_id: TaskId, state: Resources, caller: door.Reader) -> schemas.WebhookState:
     """How far the newest webhook of the task has come. A task without one is a `404` that says so."""
-    url = await _url(task_id, state)
-    return _shown(task_id, url, await delivery.state_of(state["db"], task_id))
+    url = await _url(task_id, state, caller)
+    return _shown(task_id, url, await delivery.state_of(state["db"], task_id, owner=caller.owner))
 
 
 @router.get(f"{WEBHOOK}/attempts", responses=problems.responses(404, 410, 422, 503))
 async def read_attempts(
-    task_id: TaskId, state: Resources, cursor: AttemptCursor = "0.0", limit: Limit = PAGE
+    task_id: TaskId, state: Resources, caller: door.Reader, cursor: AttemptCursor = "0.0", limit: Limit = PAGE
 ) -> schemas.AttemptPage:
     """Every POST of the task's webhooks, the oldest event first: when, how long, and what was answered."""
-    await _url(task_id, state)
+    await _url(task_id, state, caller)
     sequence, _, number = cursor.partition(".")
     after = (int(sequence), int(number))
-    found = await delivery.attempts(state["db"], task_id, after=after, limit=limit + 1)
+    found = await delivery.attempts(state["db"], task_id, owner=caller.owner, after=after, limit=limit + 1)
     page = found[:limit]
     more = f"{page[-1].sequence}.{page[-1].number}" if len(found) > limit else None
     return schemas.AttemptPage(data=[_attempt(one) for one in page], next_cursor=more)
 
 
 @router.post(f"{WEBHOOK}/redeliver", status_code=202, responses=problems.responses(404, 409, 410, 422, 503))
-async def redeliver(task_id: TaskId, state: Resources) -> schemas.WebhookState:
+async def redeliver(task_id: TaskId, state: Resources, caller: door.WebhookKeeper) -> schemas.WebhookState:
     """Send the newest webhook of the task again, from the start of the schedule. Asking twice is asking once."""
-    url = await _url(task_id, state)
-    became = await delivery.redeliver(state["db"], task_id)
+    url = await _url(task_id, state, caller)
+    became = await delivery.redeliver(state["db"], task_id, owner=caller.owner)
     if became is delivery.Redelivery.NOTHING:
         raise errors.WebhookNotDue("There is no event to tell of this task yet")
     if became is delivery.Redelivery.UNDER_WAY:
         raise errors.WebhookNotDue("The webhook is being sent at this moment")
-    return _shown(task_id, url, await delivery.state_of(state["db"], task_id))
+    return _shown(task_id, url, await delivery.state_of(state["db"], task_id, owner=caller.owner))
 
 
 async def _redelivery_turn(state: Resources, caller: door.WebhookKeeper) -> AsyncIterator[None]:
@@ -83,7 +83,7 @@ async def _redelivery_turn(state: Resources, caller: door.WebhookKeeper) -> Asyn
     responses=problems.responses(400, 413, 415, 422, 429, 503),
     openapi_extra=body.declared(schemas.RedeliverRequest, required=True),
 )
-async def redeliver_all(request: Request, state: Resources) -> schemas.Redelivered:
+async def redeliver_all(request: Request, state: Resources, caller: door.WebhookKeeper) -> schemas.Redelivered:
     """Send again what receivers missed between two times. Asking twice sends nothing twice that is not sent yet."""
     wanted = await body.wanted(request, schemas.RedeliverRequest)
     place = None if wanted.cursor is None else _mark(wanted.cursor)
@@ -91,6 +91,7 @@ async def redeliver_all(request: Request, state: Resources) -> schemas.Redeliver
     for _ in range(STEPS):
         step = await delivery.redeliver_batch(
             state["db"],
+            owner=caller.owner,
             since=wanted.since,
             until=wanted.until,
             statuses=_STATES[wanted.state],
@@ -104,12 +105,12 @@ async def redeliver_all(request: Request, state: Resources) -> schemas.Redeliver
 
 
 @router.get("/api/events", response_model=schemas.EventPage, responses=problems.responses(422, 503))
-async def read_events(state: Resources, after: EventCursor = "0", limit: Limit = PAGE) -> Response:
+async def read_events(state: Resources, caller: door.Reader, after: EventCursor = "0", limit: Limit = PAGE) -> Response:
     """What webhooks tell, for whoever asks: a receiver that was away for long misses nothing.
 
     Without `after` it begins with the oldest event of the tasks that are kept.
     """
-    found = await delivery.events(state["db"], after=int(after), limit=limit)
+    found = await delivery.events(state["db"], owner=caller.owner, after=int(after), limit=limit)
     payload = state["settings"].webhook_payload
     # The stored text goes out as it is, as it does in the webhook.
     data = [f'{{"webhook_id": "{one.id}", "body": {delivery.body(one, payload).decode()}}}' for one in found]
@@ -127,11 +128,11 @@ def _cursor(mark: delivery.Mark) -> str:
     return f"{(mark.created_at - _EPOCH) // timedelta(microseconds=1)}.{mark.id.hex}"
 
 
-async def _url(task_id: UUID, state: State) -> str:
+async def _url(task_id: UUID, state: State, caller: door.Caller) -> str:
     """Where the task's webhooks go. Raises why there is no such place."""
-    found = await lifecycle.view(state["db"], task_id)
+    found = await lifecycle.view(state["db"], task_id, owner=caller.owner)
     if found is None:
-        raise await absent(task_id, state)
+        raise await absent(task_id, state, caller)
     if found.webhook_url is None:
         raise errors.NoWebhook
     return found.webhook_url

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 import app
 from app.core import config, errors
+from app.core.scopes import Scope
 
 EXIT_SETTINGS = 2
 """The exit code when a setting is missing or wrong."""
@@ -257,6 +258,56 @@ def _secret_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ed25519", action="store_true", help="a key pair: receivers need only its public half")
 
 
+def _keys_create(*, key_from_env: str | None, key_from_file: str | None, as_json: bool, **wanted: Any) -> int | None:
+    from app import keydesk  # noqa: PLC0415
+
+    given = keydesk.given(key_from_env, key_from_file)
+    created = keydesk.create(config.load(), keydesk.Wanted(**wanted, given=given))
+    if as_json:
+        return _told([keydesk.created_json(created)], well=True)
+    sys.stderr.write(f"{keydesk.created_sentence(created)}\n")
+    return _told([] if created.key is None else [created.key], well=True)
+
+
+def _keys_create_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--owner", default="", help="whose tasks it submits and sees; nobody's in particular if empty")
+    parser.add_argument(
+        "--scope", action="append", choices=[str(one) for one in Scope], dest="scopes",
+        help="what it may do, once for each; all but admin unless given",
+    )  # fmt: skip
+    parser.add_argument("--expires", metavar="WHEN", help="such as 90d or 12h, or a date and time; never unless given")
+    parser.add_argument("--name", default="", help="what people call it")
+    _json_option(parser)
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--key-from-env", metavar="VARIABLE", help="take in the key that this variable holds")
+    given.add_argument("--key-from-file", metavar="FILE", help="take in the key in this file; - is the standard input")
+
+
+def _json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object a line")
+
+
+def _keys_list(*, owner: str | None, as_json: bool) -> int | None:
+    from app import keydesk  # noqa: PLC0415
+
+    return _told(keydesk.listed(config.load(), owner=owner, as_json=as_json), well=True)
+
+
+def _keys_list_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--owner", help="only this owner's")
+    _json_option(parser)
+
+
+def _keys_revoke(*, ids: Sequence[str]) -> int | None:
+    from app import keydesk  # noqa: PLC0415
+
+    return _told(*keydesk.revoked(config.load(), ids))
+
+
+def _keys_revoke_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="+", metavar="ID", help="the id of a key, as keys list shows it")
+
+
 def _config() -> int | None:
     """Print every setting: its variable, its value, and whether it was set."""
     settings = config.load()
@@ -309,13 +360,22 @@ COMMANDS: Mapping[str, tuple[Callable[..., int | None], str]] = {
     "doctor": (_doctor, "say what in the surroundings would break a promise"),
     "verify": (_verify, "check the invariants of a live database"),
     "config": (_config, "print the settings in force, secrets masked"),
+    "keys create": (_keys_create, "make an API key, and print it this once"),
+    "keys list": (_keys_list, "show the API keys there are, but not the keys themselves"),
+    "keys revoke": (_keys_revoke, "have API keys open nothing any more"),
     "webhooks listen": (_webhooks_listen, "receive webhooks on this machine: verify, show, hand on"),
     "webhooks verify": (_webhooks_verify, "check a captured webhook, and say which check fails"),
     "webhooks secret": (_webhooks_secret, "print a new secret to sign with"),
 }
-GROUPS: Mapping[str, str] = {"webhooks": "what who writes a receiver needs"}
+GROUPS: Mapping[str, str] = {
+    "keys": "API keys, straight in the database",
+    "webhooks": "what who writes a receiver needs",
+}
 OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "migrate": _migrate_options,
+    "keys create": _keys_create_options,
+    "keys list": _keys_list_options,
+    "keys revoke": _keys_revoke_options,
     "webhooks listen": _listen_options,
     "webhooks verify": _verify_options,
     "webhooks secret": _secret_options,

@@ -6,11 +6,12 @@ on luck.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app import db, delivery, lifecycle, migrations
+from app import db, delivery, keydesk, keys, lifecycle, migrations
 from app.broker import Broker
 from app.core import errors
 from app.core.config import Settings
@@ -124,6 +125,28 @@ def judge_settings(settings: Settings) -> list[Finding]:
     return found
 
 
+def judge_keys(settings: Settings, kept: Collection[keys.Kept]) -> list[Finding]:
+    """What the API keys that there are mean under these settings."""
+    if settings.auth_mode == "none":
+        return []
+    found = []
+
+    def say(level: Level, sentence: str) -> None:
+        found.append(Finding(level, "API keys", sentence))
+
+    live = [key for key in kept if key.state == "live"]
+    held_by = Counter(keydesk.kept_by(settings, key) for key in live)
+    if not settings.secret_keys:
+        say("bad", "TASKQUEUE_SECRET_KEY is not set: the API does not start without it")
+    elif held_by["gone"]:
+        say("bad", f"{held_by['gone']} live keys are kept by a TASKQUEUE_SECRET_KEY that is not set: they open nothing")
+    if not live:
+        say("bad", "there is none that opens anything: taskqueue keys create makes one")
+    if held_by["older"]:
+        say("ok", f"{held_by['older']} live keys are still kept by an older TASKQUEUE_SECRET_KEY: leave it there")
+    return found
+
+
 def judge_queues(unfinished: Collection[str], consumed: Collection[str]) -> list[Finding]:
     """What it means that these queues have tasks, and those are looked after."""
     strays = sorted(set(unfinished) - set(consumed))
@@ -158,7 +181,9 @@ async def examine(settings: Settings) -> list[Finding]:
         found += judge_postgres(facts, needed_revision=migrations.head(), concurrency=settings.concurrency)
         if facts["revision"]:
             found += judge_queues(await lifecycle.unfinished_queues(database), settings.queues)
+        if facts["revision"] >= migrations.head():
             found += judge_secrets(await delivery.marks(database), Seal.from_settings(settings))
+            found += judge_keys(settings, await keys.kept(database))
     except errors.DatabaseUnavailable as away:
         found.append(Finding("bad", "Postgres", str(away)))
     try:

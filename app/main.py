@@ -11,12 +11,13 @@ from app import __doc__ as summary
 from app import __version__, catalog, migrations
 from app.backlog import Backlog
 from app.broker import Broker
-from app.core import errors, metrics, telemetry
+from app.core import metrics, telemetry
 from app.core.config import Settings
 from app.core.stopping import stop
 from app.db import Database
+from app.keys import Masters
 from app.publisher import Publisher
-from app.routers import health, problems, tasks, trials, webhook_secrets, webhooks
+from app.routers import documentation, door, health, problems, tasks, trials, webhook_secrets, webhooks
 from app.routers.state import State
 from app.turns import Turns
 from app.utils.guard import EgressRules
@@ -34,11 +35,11 @@ def check(settings: Settings) -> None:
     """Find out whether the API can run under these settings, without opening anything.
 
     Raises:
-        SettingsError: if one of the operator's task modules can't be imported, or keys are asked for.
+        SettingsError: if one of the operator's task modules can't be imported, or keys are asked for
+            and there is no secret to know them by.
     """
     if settings.auth_mode == "api-key":
-        # Better no service than one that looks protected and is open.
-        raise errors.SettingsError("TASKQUEUE_AUTH_MODE is wrong: api-key is not available yet; only none is")
+        Masters.of(settings.secret_keys)
     catalog.load_modules(settings)
 
 
@@ -50,19 +51,27 @@ def create_app(settings: Settings) -> FastAPI:
     """
     check(settings)
     telemetry.configure(settings, PROCESS_NAME)
+    # They tell of the operator's own tasks, which is nothing for strangers.
+    open_to_all = settings.auth_mode == "none" or settings.public_docs
     api = FastAPI(
         title="Task Queue Worker API",
         version=__version__,
         description=summary or "",
         lifespan=_Lifespan(settings),
         redirect_slashes=False,
+        docs_url="/docs" if open_to_all else None,
+        redoc_url="/redoc" if open_to_all else None,
+        openapi_url="/openapi.json" if open_to_all else None,
     )
     api.include_router(tasks.router)
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
     api.include_router(trials.router)
     api.include_router(health.router)
+    if not open_to_all:
+        api.include_router(documentation.router)
     problems.install(api)
+    door.install(api, settings)
     telemetry.instrument_api(api, settings)
     return api
 
@@ -88,6 +97,9 @@ class _Lifespan:
             stack.push_async_callback(stop, asyncio.create_task(_keep_ringing(publisher)))
             backlog = Backlog(db, cap=settings.max_backlog)
             stack.push_async_callback(stop, asyncio.create_task(backlog.run()))
+            guarded = door.Door.of(settings, db)
+            if guarded is not None:
+                stack.push_async_callback(stop, asyncio.create_task(guarded.run()))
             yield State(
                 settings=settings,
                 db=db,
@@ -98,6 +110,7 @@ class _Lifespan:
                 seal=Seal.from_settings(settings),
                 trial_turns=Turns("test events", of_one=trials.OWNER_WAITS, of_all=trials.ALL_WAIT),
                 redelivery_turns=Turns("redeliveries", of_one=1, of_all=webhooks.REDELIVERIES_AT_ONCE),
+                door=guarded,
             )
 
 

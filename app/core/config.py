@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.core import errors
@@ -155,6 +155,32 @@ class Settings(BaseSettings):
         description="Encrypts stored secrets and keys the HMAC of API keys; 32 characters or more. "
         "Several, with spaces, to rotate: the first is used for what is new.",
     )
+    rate_limit_submit: int = Field(
+        60_000,
+        ge=0,
+        le=100_000_000,
+        validation_alias=_variable("TASKQUEUE_RATE_LIMIT_SUBMIT"),
+        description="Submits, cancels and the like that a key may make a minute, of each API process; 0: any number.",
+    )
+    rate_limit_poll: int = Field(
+        60_000,
+        ge=0,
+        le=100_000_000,
+        validation_alias=_variable("TASKQUEUE_RATE_LIMIT_POLL"),
+        description="Reads that a key may make a minute, of each API process; 0: any number.",
+    )
+    rate_limit_webhooks: int = Field(
+        600,
+        ge=0,
+        le=100_000_000,
+        validation_alias=_variable("TASKQUEUE_RATE_LIMIT_WEBHOOKS"),
+        description="Redeliveries and the like that a key may ask for a minute, of each API process; 0: any number.",
+    )
+    public_docs: bool = Field(
+        default=False,
+        validation_alias=_variable("TASKQUEUE_PUBLIC_DOCS"),
+        description="With API keys: serve `/docs` and `/openapi.json` to whoever asks. Else the latter needs a key.",
+    )
     metrics_port: int = Field(
         9100,
         ge=0,
@@ -250,12 +276,6 @@ class Settings(BaseSettings):
         if any(len(key.get_secret_value()) < 32 for key in value):  # noqa: PLR2004
             raise ValueError("must have 32 characters or more; several are separated by spaces")
         return value
-
-    @model_validator(mode="after")
-    def _check_door(self) -> Self:
-        if self.auth_mode == "api-key" and not self.secret_keys:
-            raise errors.SettingsError("TASKQUEUE_SECRET_KEY is required when TASKQUEUE_AUTH_MODE is api-key")
-        return self
 
     @property
     def postgres_dsn(self) -> str:

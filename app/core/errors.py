@@ -9,6 +9,8 @@
     ├── TaskDeclarationError      a task that can't be registered as it is written
     └── RequestError              the caller's fault, rendered as a problem (RFC 9457)
         ├── MalformedBody         400
+        ├── Unauthenticated       401
+        ├── Forbidden             403
         ├── TaskNotFound          404
         ├── NoWebhook             404
         ├── SecretNotFound        404
@@ -19,6 +21,7 @@
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
         ├── ValidationFailed      422
+        ├── QuotaExceeded         429, with Retry-After
         ├── TooManyAtOnce         429, with Retry-After
         └── ServiceUnavailable    503, with Retry-After
 
@@ -26,7 +29,7 @@ The message of each is a sentence for the person who reads it. It names fields
 and settings, never values: a value may be a secret.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,18 +92,46 @@ class RequestError(TaskQueueError):
     title: ClassVar[str] = "Bad request"
 
     def __init__(
-        self, detail: str, *, errors: Sequence[FieldError] = (), retry_after_seconds: int | None = None
+        self,
+        detail: str,
+        *,
+        errors: Sequence[FieldError] = (),
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.errors = tuple(errors)
         self.retry_after_seconds = retry_after_seconds
+        self.headers = dict(headers or {})
 
 
 class MalformedBody(RequestError):
     """The body is not the JSON that this service reads."""
 
     slug, title = "malformed-body", "Malformed body"
+
+
+class Unauthenticated(RequestError):
+    """No key was shown, or one that opens nothing: unknown, expired or revoked, which is not told."""
+
+    status, slug, title = 401, "unauthenticated", "Unauthenticated"
+
+    def __init__(self, *, shown: bool) -> None:
+        # RFC 6750, section 3: who showed no key hears only how to.
+        challenge = 'Bearer realm="taskqueue"' + (', error="invalid_token"' if shown else "")
+        detail = "The API key is not valid" if shown else "Show an API key: Authorization: Bearer tq_live_…"
+        super().__init__(detail, headers={"WWW-Authenticate": challenge})
+
+
+class Forbidden(RequestError):
+    """The key is good, and has not the scope that the route needs."""
+
+    status, slug, title = 403, "forbidden", "Forbidden"
+
+    def __init__(self, scope: str) -> None:
+        challenge = f'Bearer realm="taskqueue", error="insufficient_scope", scope="{scope}"'
+        super().__init__(f"The API key has not the scope {scope}", headers={"WWW-Authenticate": challenge})
 
 
 class TaskNotFound(RequestError):
@@ -186,6 +217,12 @@ class TooManyAtOnce(RequestError):
     """As many requests of this kind as one caller may have are under way."""
 
     status, slug, title = 429, "too-many-at-once", "Too many at once"
+
+
+class QuotaExceeded(RequestError):
+    """Too many requests; the budget fills evenly."""
+
+    status, slug, title = 429, "quota-exceeded", "Quota exceeded"
 
 
 class ServiceUnavailable(RequestError):

@@ -10,6 +10,7 @@ only once they are known.
 import contextlib
 import platform
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
@@ -47,6 +48,19 @@ def counting_rejections() -> Iterator[None]:
     except errors.DatabaseUnavailable:
         _REJECTED.labels(reason=errors.ServiceUnavailable.slug).inc()
         raise
+
+
+_TURNED_AWAY = Counter(
+    "taskqueue_api_turned_away",
+    "Requests that were not let in: for their credentials, a scope that their key has not, or its quota.",
+    ["reason"],
+    registry=REGISTRY,
+)
+
+
+def turned_away(reason: Literal["credentials", "scope", "quota"]) -> None:
+    """Count a request that was not let in."""
+    _TURNED_AWAY.labels(reason=reason).inc()
 
 
 _QUEUE_DEPTH = Gauge(

@@ -22,24 +22,36 @@ MEDIA_TYPE = "application/problem+json"
 
 _DETAILS = {
     400: "The body is not JSON that this service reads.",
+    401: "No API key was shown, or it is unknown, expired or revoked.",
+    403: "The API key has not the scope that this needs.",
     404: "Nothing has this id, or it has not what is asked for.",
     409: "As things are, it can't be done; `detail` says why.",
     410: "The task ended so long ago that it was removed.",
     413: "The body is too large.",
     415: "The body is not declared as JSON in UTF-8.",
     422: "Fields are missing, unknown or wrong.",
-    429: "Too much at once; try again after Retry-After seconds.",
+    429: "Too much at once, or the budget of the API key is spent; try again after Retry-After seconds.",
     503: "Postgres can't be reached, or too much is waiting; try again after Retry-After seconds.",
 }
-_WAITS = frozenset({429, 503})
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+_CHALLENGE = {"WWW-Authenticate": {"description": "RFC 6750, section 3.", "schema": {"type": "string"}}}
+_HEADERS = {401: _CHALLENGE, 403: _CHALLENGE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route declares of its problems."""
     return {
         status: {"model": Problem, "description": _DETAILS[status]}
-        | ({"headers": _RETRY_AFTER} if status in _WAITS else {})
+        | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+        for status in statuses
+    }
+
+
+def declared(*statuses: int) -> dict[str, dict[str, Any]]:
+    """As `responses`, as it stands in the finished OpenAPI."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {
+        str(status): {"description": _DETAILS[status], "content": content, "headers": dict(_HEADERS[status])}
         for status in statuses
     }
 
@@ -95,14 +107,16 @@ def render(
 
 
 async def _request_error(_: Request, problem: errors.RequestError) -> Response:
-    seconds = problem.retry_after_seconds
+    headers = problem.headers
+    if problem.retry_after_seconds is not None:
+        headers = {**headers, "Retry-After": str(problem.retry_after_seconds)}
     return render(
         status=problem.status,
         slug=problem.slug,
         title=problem.title,
         detail=problem.detail,
         faults=problem.errors,
-        headers=None if seconds is None else {"Retry-After": str(seconds)},
+        headers=headers,
     )
 
 

@@ -8,6 +8,7 @@ from app.backlog import Backlog
 from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
+from app.routers.door import Door
 from app.routers.health import Readiness
 from app.turns import Turns
 from app.utils.guard import EgressRules
@@ -23,6 +24,7 @@ class State(TypedDict):
     backlog: Backlog
     rules: EgressRules
     readiness: Readiness
+    door: Door | None
     seal: Seal | None
     trial_turns: Turns
     redelivery_turns: Turns

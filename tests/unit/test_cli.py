@@ -67,13 +67,20 @@ def test_a_value_is_shown_as_it_is_written_without_its_secrets(value: object, te
     assert cli.shown(value) == text
 
 
-def test_the_api_does_not_start_open_when_keys_are_asked_for(
+def test_the_api_does_not_start_when_keys_are_asked_for_and_there_is_nothing_to_know_them_by(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable, value in {**REQUIRED, "TASKQUEUE_AUTH_MODE": "api-key"}.items():
+    for variable, value in {**REQUIRED, "TASKQUEUE_AUTH_MODE": "api-key", "TASKQUEUE_SECRET_KEY": ""}.items():
         monkeypatch.setenv(variable, value)
     assert cli.main(["api"]) == 2
-    assert "TASKQUEUE_AUTH_MODE" in capsys.readouterr().err
+    assert "TASKQUEUE_SECRET_KEY is not set" in capsys.readouterr().err
+
+
+def test_a_scope_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["keys", "create", "--scope", "everything"])
+    assert ended.value.code == cli.EXIT_SETTINGS
+    assert "argument --scope: invalid choice: 'everything'" in capsys.readouterr().err
 
 
 def test_a_task_module_that_is_not_there_is_one_line(

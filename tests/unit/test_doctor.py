@@ -1,6 +1,10 @@
-import pytest
+from datetime import UTC, datetime
+from typing import Any
 
-from app import doctor
+import pytest
+from pydantic import SecretStr
+
+from app import doctor, keys
 from app.utils.sealing import Seal
 from tests.conftest import settings_for
 
@@ -16,6 +20,8 @@ POSTGRES = {
     "followers": "1",
     "revision": "0002",
 }
+NOW = datetime(2030, 1, 31, tzinfo=UTC)
+GUARDED = settings_for("postgresql://h/d", "redis://h/0", TASKQUEUE_AUTH_MODE="api-key", TASKQUEUE_SECRET_KEY="k" * 32)
 REDIS = {"redis_version": "7.2.1", "maxmemory-policy": "noeviction", "appendonly": "yes", "maxmemory": "0"}
 
 
@@ -114,3 +120,27 @@ def test_secrets_that_nobody_can_read_are_bad_and_those_of_an_older_key_a_risk()
     assert levels(doctor.judge_secrets({old.mark: 2}, Seal(["x" * 32]))) == ["bad"]
     [found] = doctor.judge_secrets({old.mark: 2, new.mark: 1}, None)
     assert "opens 3 webhook secrets" in found.sentence
+
+
+def a_key(**changes: Any) -> keys.Kept:
+    usual = {
+        "id": "i", "name": "", "owner": "", "scopes": ("admin",), "state": "live",
+        "master": keys.Masters.of(GUARDED.secret_keys).newest, "created_at": NOW, "expires_at": None,
+        "revoked_at": None, "last_used_at": None,
+    }  # fmt: skip
+    return keys.Kept(**{**usual, **changes})
+
+
+def test_a_door_that_no_key_opens_is_bad() -> None:
+    assert doctor.judge_keys(GUARDED, [a_key(), a_key(state="revoked", master="other")]) == []
+    assert levels(doctor.judge_keys(GUARDED, [])) == ["bad"]
+    assert levels(doctor.judge_keys(GUARDED, [a_key(state="expired")])) == ["bad"]
+    assert levels(doctor.judge_keys(GUARDED, [a_key(), a_key(master="other")])) == ["bad"]
+    assert levels(doctor.judge_keys(GUARDED.model_copy(update={"secret_keys": ()}), [a_key()])) == ["bad"]
+    assert doctor.judge_keys(GUARDED.model_copy(update={"auth_mode": "none"}), []) == []
+
+
+def test_a_secret_that_keys_still_need_is_named() -> None:
+    rotating = GUARDED.model_copy(update={"secret_keys": (SecretStr("n" * 32), *GUARDED.secret_keys)})
+    [found] = doctor.judge_keys(rotating, [a_key()])
+    assert (found.level, "older TASKQUEUE_SECRET_KEY" in found.sentence) == ("ok", True)

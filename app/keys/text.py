@@ -28,6 +28,8 @@ ID_CHARACTERS = 10
 SECRET_CHARACTERS = 43
 """Of base 62, which is 256 bits: too many to guess, so one fast hash is enough (no argon2)."""
 CHECKSUM_CHARACTERS = 8
+ID_PLACE = slice(len(PREFIX), len(PREFIX) + ID_CHARACTERS)
+"""Where the id stands in a key."""
 
 ID = re.compile(f"[0-9A-Za-z]{{{ID_CHARACTERS}}}")
 """What may be the id of a key."""

@@ -15,6 +15,7 @@ import ipaddress
 import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, cast
 
 from fastapi import FastAPI, Request, Security
@@ -77,6 +78,7 @@ class Needs(SecurityBase):
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
+        self._budget = BUDGETS[scope]
         self.scheme_name = "ApiKey"
         self.model = HTTPBearer(
             bearerFormat="tq_live_…",
@@ -86,7 +88,7 @@ class Needs(SecurityBase):
     async def __call__(self, request: Request) -> Caller:
         """Who calls. Raises as `Door.admit`."""
         door = cast("Door | None", request.state.door)
-        return _ANYBODY if door is None else await door.admit(request, self.scope)
+        return _ANYBODY if door is None else await door.admit(request, self.scope, self._budget)
 
 
 Reader = Annotated[Caller, Security(Needs(Scope.TASKS_READ), scopes=[Scope.TASKS_READ.value])]
@@ -123,8 +125,13 @@ class Door:
         """Write down which keys were used, until cancelled."""
         await self._keyring.run()
 
-    async def admit(self, request: Request, scope: Scope) -> Caller:
+    async def admit(self, request: Request, scope: Scope, budget: str) -> Caller:
         """The caller of this request.
+
+        Args:
+            request: with the key.
+            scope: what they must be allowed to do.
+            budget: of which it is taken, one of `BUDGETS`.
 
         Raises:
             Unauthenticated: if no key is shown, or one that opens nothing.
@@ -133,27 +140,25 @@ class Door:
             DatabaseUnavailable: if nobody knows now who holds it.
         """
         holder = await self._holder(request)
-        caller = Caller(holder.owner, holder.scopes)
-        if not caller.may(scope):
+        if scope not in holder.scopes and Scope.ADMIN not in holder.scopes:
             metrics.turned_away("scope")
             raise errors.Forbidden(scope)
-        budget = BUDGETS[scope]
         allowed = self._allowed[budget]
         if not allowed:
-            return caller
-
-        def spend(units: int) -> None:
-            answer = self._spent.take((holder.key_id, budget), allowed, units)
-            request.state.quota = _told(budget, allowed, answer)
-            if not answer.granted:
-                metrics.turned_away("quota")
-                raise errors.QuotaExceeded(
-                    f"The budget of this key for {budget} requests is spent; try again later",
-                    retry_after_seconds=max(1, math.ceil(answer.wait_seconds)),
-                )
-
+            return Caller(holder.owner, holder.scopes)
+        spend = partial(self._spend, request, holder.key_id, budget, allowed)
         spend(1)
         return Caller(holder.owner, holder.scopes, spend)
+
+    def _spend(self, request: Request, key_id: str, budget: str, allowed: int, units: int) -> None:
+        answer = self._spent.take((key_id, budget), allowed, units)
+        request.scope["state"]["quota"] = (budget, allowed, answer)
+        if not answer.granted:
+            metrics.turned_away("quota")
+            raise errors.QuotaExceeded(
+                f"The budget of this key for {budget} requests is spent; try again later",
+                retry_after_seconds=max(1, math.ceil(answer.wait_seconds)),
+            )
 
     async def _holder(self, request: Request) -> Holder:
         shown = request.headers.get("authorization")
@@ -186,13 +191,13 @@ def _address(request: Request) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-def _told(budget: str, allowed: int, answer: allowances.Answer) -> dict[bytes, bytes]:
+def _told(budget: str, allowed: int, answer: allowances.Answer) -> list[tuple[bytes, bytes]]:
     """The headers that say how much is left (draft-ietf-httpapi-ratelimit-headers-10)."""
-    until = answer.wait_seconds or answer.seconds_to_full
-    return {
-        b"ratelimit-policy": f'"{budget}";q={allowed};w={allowances.WINDOW_SECONDS}'.encode(),
-        b"ratelimit": f'"{budget}";r={answer.remaining};t={math.ceil(until)}'.encode(),
-    }
+    until = math.ceil(answer.wait_seconds or answer.seconds_to_full)
+    return [
+        (b"ratelimit-policy", f'"{budget}";q={allowed};w={allowances.WINDOW_SECONDS}'.encode()),
+        (b"ratelimit", f'"{budget}";r={answer.remaining};t={until}'.encode()),
+    ]
 
 
 def install(api: FastAPI, settings: Settings) -> None:
@@ -225,7 +230,7 @@ class _Quotas:
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start" and (quota := state.get("quota")) is not None:
-                message["headers"] = [*message.get("headers", ()), *quota.items()]
+                message["headers"] = [*message.get("headers", ()), *_told(*quota)]
             await send(message)
 
         await self._app(connection, receive, told)

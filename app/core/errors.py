@@ -120,7 +120,7 @@ class Unauthenticated(RequestError):
     def __init__(self, *, shown: bool) -> None:
         # RFC 6750, section 3: who showed no key hears only how to.
         challenge = 'Bearer realm="taskqueue"' + (', error="invalid_token"' if shown else "")
-        detail = "The API key is not valid" if shown else "Show an API key: Authorization: Bearer tq_live_…"
+        detail = "The API key is not valid" if shown else "Show an API key: Authorization: Bearer tq_live_..."
         super().__init__(detail, headers={"WWW-Authenticate": challenge})
 
 

@@ -37,6 +37,10 @@ SERVER_STOP_SECONDS = 1.2
 GRACE_MARGIN_SECONDS = 0.3
 """Beyond its grace a process is killed. With a grace of 8 s, all of it ends within 10."""
 
+KEY_WANTED = (
+    "Each request must show a key, -H 'Authorization: Bearer <key>'."
+    " With the settings as below, .venv/bin/taskqueue keys create makes one."
+)
 POLL_SECONDS = 0.1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -239,9 +243,12 @@ async def _answers_ready(address: tuple[str, int]) -> bool:
 
 def _hints(url: str, plan: environment.Plan) -> list[str]:
     served = {process: port for process, port in plan.metrics_ports.items() if port}
+    guarded = plan.environment["TASKQUEUE_AUTH_MODE"] == "api-key"
+    ending = "Ctrl-C ends everything; the data stays."
     metrics = "   ".join(f"{process} http://{ports.ADDRESS}:{port}/metrics" for process, port in served.items())
     return [
         "",
+        *([KEY_WANTED] if guarded else []),
         "Try:",
         f"  curl -X POST {url}/api/tasks/submit",
         f"  curl -X POST {url}/api/tasks/submit -H 'content-type: application/json' \\",
@@ -251,7 +258,7 @@ def _hints(url: str, plan: environment.Plan) -> list[str]:
         f"From Python, with the same settings:  set -a; . {plan.data_dir / environment.ENVIRONMENT_FILE}; set +a",
         "  .venv/bin/python -c 'from app.worker.tasks import long_task; print(long_task.delay(1).get(timeout=10))'",
         *([f"Metrics: {metrics}"] if metrics else []),
-        f"Documentation: {url}/docs   Ctrl-C ends everything; the data stays.",
+        ending if guarded else f"Documentation: {url}/docs   {ending}",
         "",
     ]
 

@@ -18,6 +18,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute, iter_route_contexts
 
 from app import delivery, keys, lifecycle
+from app.core import errors
 from app.core.config import Settings
 from app.core.scopes import Scope
 from app.core.statuses import DeliveryStatus
@@ -36,7 +37,6 @@ from tests.support.waiting import until
 MARK = "ada-4711"
 """Stands in all that is Ada's."""
 HOOK = f"https://example.com/{MARK}"
-BROKEN = Receipt(outcome=Outcome.HTTP_5XX, status_code=503, duration_seconds=0.1, excerpt=MARK)
 OPEN = {("GET", "/healthz"), ("GET", "/readyz")}
 """What probes ask, which have no key."""
 BODIES: dict[str, Any] = {"/api/webhooks/redeliver": {"since": "2020-01-01T00:00:00Z"}}
@@ -87,14 +87,20 @@ async def api(door_settings: Settings) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def ended(db: Database, owner: str) -> UUID:
-    """A task that has ended and told of it in vain, with the owner's mark all over it."""
+async def ended(db: Database, owner: str, mark: str = MARK) -> UUID:
+    """A task that has ended and told of it in vain, with a mark all over it."""
+    receipt = Receipt(outcome=Outcome.HTTP_5XX, status_code=503, duration_seconds=0.1, excerpt=mark)
     task_id = await submitted(
-        db, owner=owner, webhook_url=HOOK, tags=(MARK,), kwargs=json.dumps({"value": MARK}), traceparent=None
+        db,
+        owner=owner,
+        webhook_url=f"https://example.com/{mark}",
+        tags=(mark,),
+        kwargs=json.dumps({"value": mark}),
+        traceparent=None,
     )
-    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), Succeeded(f'"{MARK}"')))
+    await lifecycle.settle(db, (await started(db, task_id)).claim, decide(Budgets(), Succeeded(f'"{mark}"')))
     [claimed] = await delivery.claim_due(db, limit=1, lease_seconds=30.0)
-    assert await delivery.settle(db, claimed, BROKEN, delivery.Verdict(DeliveryStatus.EXHAUSTED))
+    assert await delivery.settle(db, claimed, receipt, delivery.Verdict(DeliveryStatus.EXHAUSTED))
     await delivery.number(db, limit=10)
     return task_id
 
@@ -115,17 +121,20 @@ class Ada:
 
 @pytest.fixture
 async def ada(db: Database) -> Ada:
+    """With a task of nobody in particular beside hers."""
     pruned = await ended(db, "ada")
     await lifecycle.prune(db, older_than_seconds=-1.0, limit=10)
     done = await ended(db, "ada")
+    await submitted(db)
+    await ended(db, "", mark="nobody")
     waiting = await submitted(db, owner="ada", webhook_url=HOOK, tags=(MARK,), kwargs=f'{{"value": "{MARK}"}}')
     hooks = [str(row["id"]) for row in await db.fetch("SELECT id FROM webhook_delivery WHERE owner = 'ada'")]
     words = {MARK, *hooks, str(waiting), str(done), str(pruned)}
     return Ada(waiting, done, pruned, frozenset(words | {word.replace("-", "") for word in words - {MARK}}))
 
 
-async def everything_of(db: Database, owner: str) -> list[str]:
-    """Every row of every table that has an owner."""
+async def everything(db: Database, *, but: str | None = None) -> list[str]:
+    """Every row of every table that has owners, but for those of one owner."""
     tables = await db.fetch(
         "SELECT table_name FROM information_schema.columns WHERE column_name = 'owner' AND table_schema = 'public'"
         " AND table_name <> 'api_key' ORDER BY 1"
@@ -133,7 +142,7 @@ async def everything_of(db: Database, owner: str) -> list[str]:
     found = []
     for table in tables:
         name = table["table_name"]
-        rows = await db.fetch(f"SELECT t::text AS line FROM {name} t WHERE owner = $1 ORDER BY 1", owner)
+        rows = await db.fetch(f"SELECT t::text AS line FROM {name} t WHERE owner IS DISTINCT FROM $1 ORDER BY 1", but)
         found += [f"{name}: {row['line']}" for row in rows]
     return found
 
@@ -192,7 +201,7 @@ async def test_who_shows_no_key_that_opens_something_gets_the_same_401_everywher
         "unknown": shown(keys.made()),
         "basic": {"Authorization": "Basic " + (await key_of(db, "ada"))},
     }
-    before = await everything_of(db, "ada")
+    before = await everything(db)
     answers = defaultdict(set)
     for who, headers in identities.items():
         for route in GUARDED:
@@ -206,7 +215,7 @@ async def test_who_shows_no_key_that_opens_something_gets_the_same_401_everywher
     [(text, challenge)] = set().union(*answers.values())
     assert (challenge, "tq_live_" in text) == ('Bearer realm="taskqueue", error="invalid_token"', False)
     assert set(answers) == set(identities) - {"none"}
-    assert await everything_of(db, "ada") == before
+    assert await everything(db) == before
 
 
 @pytest.mark.parametrize("who", ["bob", "bob, an admin", "nobody in particular"])
@@ -214,8 +223,9 @@ async def test_another_owner_neither_sees_nor_changes_anything(
     api: httpx.AsyncClient, db: Database, ada: Ada, who: str
 ) -> None:
     scopes = (Scope.ADMIN,) if "admin" in who else ()
-    headers = shown(await key_of(db, "" if who.startswith("nobody") else "bob", *scopes))
-    before = await everything_of(db, "ada")
+    owner = "" if who.startswith("nobody") else "bob"
+    headers = shown(await key_of(db, owner, *scopes))
+    before = await everything(db, but=owner)
     for route in GUARDED:
         if route.scope is Scope.ADMIN and "admin" not in who:
             continue
@@ -227,12 +237,12 @@ async def test_another_owner_neither_sees_nor_changes_anything(
             if "{id}" in route.path:
                 assert answer.status_code == expected.status_code == 404, route
                 assert answer.text.replace(str(task_id), "") == expected.text.replace(str(unknown), ""), route
-    assert await everything_of(db, "ada") == before
+    assert await everything(db, but=owner) == before
 
 
 async def test_a_key_that_may_only_read_changes_nothing(api: httpx.AsyncClient, db: Database, ada: Ada) -> None:
     headers = shown(await key_of(db, "ada", Scope.TASKS_READ))
-    before = await everything_of(db, "ada")
+    before = await everything(db)
     for route in GUARDED:
         answer = await call(api, route, ada.ended, headers)
         if route.scope is Scope.TASKS_READ:
@@ -242,14 +252,14 @@ async def test_a_key_that_may_only_read_changes_nothing(api: httpx.AsyncClient, 
             assert str(route.scope) in problem["detail"], route
             assert f'scope="{route.scope}"' in answer.headers["www-authenticate"]
             assert leaks(answer, ada, ada.ended) == []
-    assert await everything_of(db, "ada") == before
+    assert await everything(db) == before
 
 
 async def test_each_scope_opens_its_own_routes_and_admin_all(api: httpx.AsyncClient, db: Database, ada: Ada) -> None:
     for scope in Scope:
         headers = shown(await key_of(db, "ada", scope))
         for route in GUARDED:
-            answer = await call(api, route, ada.waiting, headers)
+            answer = await call(api, route, ada.ended, headers)
             opened = scope in (route.scope, Scope.ADMIN)
             assert (answer.status_code == 403) is not opened, (scope, route, answer.text)
 
@@ -266,6 +276,8 @@ async def test_ada_does_with_her_own_what_she_likes(api: httpx.AsyncClient, db: 
     assert_problem(await api.get(f"/api/tasks/{ada.pruned}/status", headers=headers), 410)
     events = (await api.get("/api/events", headers=headers)).json()
     assert [one["body"]["data"]["task_id"] for one in events["data"]] == [str(ada.ended)]
+    again = await api.post("/api/webhooks/redeliver", json=BODIES["/api/webhooks/redeliver"], headers=headers)
+    assert again.json() == {"redelivered": 1, "next_cursor": None}
     assert (await api.post(f"/api/tasks/{ada.ended}/webhook/redeliver", headers=headers)).status_code == 202
     assert (await api.post(f"/api/tasks/{ada.waiting}/cancel", headers=headers)).json() == {"status": "REVOKED"}
 
@@ -376,6 +388,19 @@ async def test_a_submit_beyond_its_budget_stores_nothing(db: Database, door_sett
         answers = [(await api.post("/api/tasks/submit", headers=headers)).status_code for _ in range(3)]
     assert answers == [202, 429, 429]
     assert await db.fetchval("SELECT count(*) FROM task") == 1
+
+
+async def test_a_request_that_is_worth_many_takes_as_many(db: Database, door_settings: Settings) -> None:
+    guard = door.Door.of(door_settings.model_copy(update={"rate_limit_submit": 10}), db)
+    assert guard is not None
+    header = (b"authorization", b"Bearer " + (await key_of(db, "ada")).encode())
+    request = Request({"type": "http", "headers": [header], "state": {}})
+    caller = await guard.admit(request, Scope.TASKS_WRITE, "submit")
+    caller.spend(6)
+    with pytest.raises(errors.QuotaExceeded):
+        caller.spend(4)
+    caller.spend(3)
+    door.Caller("").spend(1_000_000)  # Where nobody asks who calls, nobody counts.
 
 
 # Whoever tries keys

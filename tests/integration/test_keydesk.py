@@ -153,34 +153,32 @@ def test_a_key_is_taken_from_a_file_or_the_standard_input(
     assert len(rows(settings)) == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (("--owner", "a b"), "--owner must be"),
-        (("--owner", "x" * 65), "--owner must be"),
-        (("--owner", "a\n"), "--owner must be"),
-        (("--name", "x" * 65), "--name must be"),
-        (("--name", "a\x00b"), "--name must be"),
-        (("--name", "\udcff"), "--name must be"),
-        (("--expires", "tomorrow"), "--expires must be"),
-        (("--expires", "0d"), "--expires must be"),
-        (("--expires", "99999d"), "--expires must be"),
-        (("--expires", "2030-01-31T12:00:00"), "--expires must be"),
-        (("--expires", "9999-12-31T23:59:59-23:00"), "--expires must be"),
-        (("--key-from-env", "NOT_SET"), "NOT_SET is not set"),
-        (("--key-from-env", "BAD_KEY"), "what was given is no API key"),
-        (("--key-from-file", "nowhere"), "--key-from-file names nothing"),
-    ],
-)
-def test_a_wrong_wish_is_one_line_that_names_it(
-    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], sentence: str
-) -> None:
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("--owner", "a b"), "--owner must be"),
+    (("--owner", "x" * 65), "--owner must be"),
+    (("--owner", "a\n"), "--owner must be"),
+    (("--name", "x" * 65), "--name must be"),
+    (("--name", "a\x00b"), "--name must be"),
+    (("--name", "\udcff"), "--name must be"),
+    (("--expires", "tomorrow"), "--expires must be"),
+    (("--expires", "0d"), "--expires must be"),
+    (("--expires", "99999d"), "--expires must be"),
+    (("--expires", "2030-01-31T12:00:00"), "--expires must be"),
+    (("--expires", "9999-12-31T23:59:59-23:00"), "--expires must be"),
+    (("--key-from-env", "NOT_SET"), "NOT_SET is not set"),
+    (("--key-from-env", "BAD_KEY"), "what was given is no API key"),
+    (("--key-from-file", "nowhere"), "--key-from-file names nothing"),
+]
+
+
+def test_a_wrong_wish_is_one_line_that_names_it(run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BAD_KEY", chart_s_key()[:-1])
-    code, out, err = run("create", *words)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"taskqueue: {sentence}")
-    assert err.count("\n") == 1
-    assert "kkkk" not in err
+    for words, sentence in WRONG:
+        code, out, err = run("create", *words)
+        assert (code, out) == (1, ""), words
+        assert err.startswith(f"taskqueue: {sentence}"), err
+        assert err.count("\n") == 1
+        assert "kkkk" not in err
     assert rows(settings) == []
 
 

@@ -226,14 +226,14 @@ async def test_what_can_t_be_signed_waits_spends_nothing_and_is_never_sent_other
                 for _ in range(2):
                     assert await relay.deliver() == 1
                     await until(lambda: not relay.sending, what="its end")  # awaited in this turn
-                    state = await delivery.state_of(db, task_id)
+                    state = await delivery.state_of(db, task_id, owner="us")
                     assert state is not None
                     assert (state.status, state.attempt, state.last_error) == ("pending", 0, "secret_unreadable")
                     assert state.next_at is not None
                     assert await db.fetchval("SELECT next_at > now() + interval '30 s' FROM webhook_delivery")
                     await db.execute("UPDATE webhook_delivery SET next_at = now(), created_at = '2020-01-01'")
         assert receiver.requests == []
-        assert await delivery.attempts(db, task_id, limit=10) == []
+        assert await delivery.attempts(db, task_id, owner="us", limit=10) == []
         said = [one for one in caplog.records if one.levelno == logging.ERROR]
         assert [str(secret_id) in one.getMessage() for one in said] == [True, True], "once for each relay"
         assert secret not in caplog.text

@@ -189,8 +189,9 @@ async def test_an_id_that_is_none_or_nobody_s_is_named_or_not_found(api: httpx.A
 async def test_openapi_says_what_the_new_routes_answer(api: httpx.AsyncClient) -> None:
     schema = (await api.get("/openapi.json")).json()
     made_with = schema["paths"][f"{SECRETS}/rotate"]["post"]
-    assert set(made_with["responses"]) == {"201", "400", "409", "413", "415", "422", "503"}
+    assert set(made_with["responses"]) == {"201", "400", "401", "403", "409", "413", "415", "422", "429", "503"}
     assert "grace_seconds" in str(made_with["requestBody"])
-    assert set(schema["paths"][SECRETS + "/{id}"]["delete"]["responses"]) == {"204", "404", "422", "503"}
+    revoked = schema["paths"][SECRETS + "/{id}"]["delete"]
+    assert set(revoked["responses"]) == {"204", "401", "403", "404", "422", "429", "503"}
     test = schema["paths"]["/api/webhooks/test"]["post"]["responses"]
     assert "Retry-After" in test["429"]["headers"]

@@ -56,6 +56,10 @@ format: $(VENV)/.dev ## Format the code, and repair what can be repaired safely
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+.PHONY: openapi
+openapi: $(VENV)/.dev ## Write docs/openapi.json anew: the API without sample tasks and tasks of your own
+	@env TASKQUEUE_SAMPLE_TASKS=false TASKQUEUE_TASK_MODULES= $(BIN)/taskqueue openapi > docs/openapi.json
+
 .PHONY: demo-faults
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)

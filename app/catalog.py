@@ -54,6 +54,23 @@ class DurableFunction(Protocol, Generic[P, R_co]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When a task runs again by itself.
+
+    Attributes:
+        exceptions: names of those after which it does.
+        backoff_seconds: the wait before the first retry, doubled before each next one; None for none.
+        backoff_most_seconds: the longest such wait.
+        jitter: each wait is drawn from zero to its value.
+    """
+
+    exceptions: tuple[str, ...]
+    backoff_seconds: float | None
+    backoff_most_seconds: float
+    jitter: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
     """A task that may be submitted.
 
@@ -66,6 +83,7 @@ class Entry:
         soft_time_limit: seconds after which it is told to come to an end; None for never.
         description: the first paragraph of the function's docstring.
         parameters: what it accepts.
+        retry: when it runs again by itself.
     """
 
     name: str
@@ -76,6 +94,7 @@ class Entry:
     soft_time_limit: float | None
     description: str
     parameters: Parameters
+    retry: RetryPolicy
 
     def validate_call(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Check arguments as they came in JSON: no number for a text, no text for a number.
@@ -98,6 +117,10 @@ class Entry:
             ValidationFailed: if they don't fit this release's signature.
         """
         return self.parameters.bind(args, kwargs)
+
+    def named(self, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that were checked, all of them by name: however a call is written, it looks the same."""
+        return self.parameters.named(args, kwargs)
 
     def parameters_schema(self) -> dict[str, Any]:
         """The JSON Schema (2020-12) of the parameters, as an object by name."""
@@ -153,6 +176,12 @@ class TaskDecorator:
                 soft_time_limit=soft_time_limit,
                 description=_first_paragraph(function),
                 parameters=Parameters(name, function),
+                retry=RetryPolicy(
+                    exceptions=tuple(kind.__name__ for kind in autoretry_for),
+                    backoff_seconds=float(retry_backoff) if retry_backoff else None,
+                    backoff_most_seconds=float(retry_backoff_max),
+                    jitter=retry_jitter,
+                ),
             )
             _add(entry)
             made = submission.celery.task(
@@ -208,6 +237,11 @@ def lookup(name: str) -> Entry:
     except KeyError:
         fault = errors.FieldError("/task", "No task of this name is registered")
         raise errors.ValidationFailed([fault]) from None
+
+
+def find(name: str) -> Entry | None:
+    """The task of this name, if there is one."""
+    return _registry.get(name)
 
 
 def entries() -> tuple[Entry, ...]:

@@ -6,7 +6,9 @@ for Celery, nor the API load what only workers use.
 
 import argparse
 import asyncio
+import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -325,6 +327,24 @@ def _config() -> int | None:
     return None
 
 
+def _openapi() -> int | None:
+    # Nothing is opened, so what would be opened need not be set.
+    for variable, unused in _UNOPENED.items():
+        os.environ.setdefault(variable, unused)
+    settings = config.load()
+    from app.main import create_app  # noqa: PLC0415
+
+    sys.stdout.write(json.dumps(create_app(settings).openapi(), indent=2, ensure_ascii=False) + "\n")
+    return None
+
+
+_UNOPENED: Mapping[str, str] = {
+    "DATABASE_URL": "postgresql://localhost/nothing",
+    "REDIS_URL": "redis://localhost/0",
+    "TASKQUEUE_AUTH_MODE": "none",
+}
+
+
 def shown(value: object) -> str:
     """A setting as people may see it: secrets masked, a URL's password too, a list as it is written."""
     if value is None:
@@ -363,6 +383,7 @@ COMMANDS: Mapping[str, tuple[Callable[..., int | None], str]] = {
     "keys create": (_keys_create, "make an API key, and print it this once"),
     "keys list": (_keys_list, "show the API keys there are, but not the keys themselves"),
     "keys revoke": (_keys_revoke, "have API keys open nothing any more"),
+    "openapi": (_openapi, "print the OpenAPI description of the API, every registered task included"),
     "webhooks listen": (_webhooks_listen, "receive webhooks on this machine: verify, show, hand on"),
     "webhooks verify": (_webhooks_verify, "check a captured webhook, and say which check fails"),
     "webhooks secret": (_webhooks_secret, "print a new secret to sign with"),

@@ -131,7 +131,10 @@ class Database:
             yield connection
         except _AWAY as failed:
             if _refused(failed):
-                raise errors.StatementRefused(f"Postgres refused a statement ({type(failed).__name__})") from failed
+                raise errors.StatementRefused(
+                    f"Postgres refused a statement ({type(failed).__name__})",
+                    constraint=getattr(failed, "constraint_name", None),
+                ) from failed
             # Whatever state the connection is in, nobody should get it next. The pool may have it back already.
             with contextlib.suppress(asyncpg.InterfaceError):
                 connection.terminate()

@@ -17,7 +17,8 @@ from app.core.stopping import stop
 from app.db import Database
 from app.keys import Masters
 from app.publisher import Publisher
-from app.routers import documentation, door, health, problems, tasks, trials, webhook_secrets, webhooks
+from app.routers import catalog as catalog_routes
+from app.routers import documentation, door, health, openapi, problems, tasks, trials, webhook_secrets, webhooks
 from app.routers.state import State
 from app.turns import Turns
 from app.utils.guard import EgressRules
@@ -62,8 +63,10 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url="/docs" if open_to_all else None,
         redoc_url="/redoc" if open_to_all else None,
         openapi_url="/openapi.json" if open_to_all else None,
+        generate_unique_id_function=openapi.operation_id,
     )
     api.include_router(tasks.router)
+    api.include_router(catalog_routes.router)
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
     api.include_router(trials.router)
@@ -71,6 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     if not open_to_all:
         api.include_router(documentation.router)
     problems.install(api)
+    openapi.install(api, catalog_routes.ANY)
     door.install(api, settings)
     telemetry.instrument_api(api, settings)
     return api

@@ -161,6 +161,41 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     error_traceback: str | None = Field(default=None, sa_column=Column(Text))
 
 
+class IdempotencyKey(SQLModel, table=True):
+    """A submit that may come again: what it was, and which tasks it made. Written with them, by one statement."""
+
+    __tablename__ = "idempotency_key"
+    __table_args__ = (
+        Index("idempotency_key_created", "created_at"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    owner: str = Field(sa_column=Column(Text, primary_key=True))
+    route: str = Field(sa_column=Column(Text, primary_key=True))
+    key: str = Field(sa_column=Column(Text, primary_key=True))
+    fingerprint: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    """SHA-256 of the request, as far as it counts."""
+    task_ids: list[UUID] = Field(sa_column=Column(ARRAY(Uuid), nullable=False))
+    """What was answered, in its order."""
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+
+
+class UniqueTask(SQLModel, table=True):
+    """The newest task that asked to be the only one of its kind. A table of its own, so that no other pays for it."""
+
+    __tablename__ = "unique_task"
+    __table_args__ = (
+        # A submit writes NULL over a rival that it had not seen, which undoes all of it (`lifecycle.batch`).
+        CheckConstraint("task_id IS NOT NULL", name="unique_task_is_nobody_elses"),
+        Index("unique_task_task", "task_id"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    digest: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
+    """SHA-256 of owner, name and arguments."""
+    task_id: UUID | None = Field(default=None, sa_column=Column(Uuid))
+
+
 class TaskTombstone(SQLModel, table=True):
     """A task that was removed after its retention, so that its id is known to have been there."""
 

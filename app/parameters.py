@@ -54,6 +54,10 @@ class Parameters:
         """Raises ValidationFailed unless the arguments fit; see `Entry.validate_call`."""
         self._validated(args, kwargs)
 
+    def named(self, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments that fit, by name; see `Entry.named`."""
+        return dict(zip(self._positional, args, strict=False)) | kwargs
+
     def bind(self, args: str, kwargs: str) -> dict[str, Any]:
         """The arguments in their types; see `Entry.bind`."""
         model = self._validated(json.loads(args), json.loads(kwargs))

@@ -28,7 +28,8 @@ DEPTH_CAP = 50_000
 """Messages in one queue beyond which rows wait in Postgres: Redis's memory is bounded, the backlog is not."""
 ROOM = 0.9
 """How much of the cap a full queue must fall under before it is pushed to again."""
-BATCH = 500
+BATCH = 1000
+"""Messages of one command at most: those of the largest batch that is submitted at once, or of a burst."""
 RECHECK_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ class Publisher:
         self._looked: dict[str, float] = {}
         self._announcing: set[asyncio.Task[bool]] = set()
 
-    def ring(self, bell: lifecycle.Bell) -> None:
-        """Push this message soon. Never waits, never fails."""
-        self._bells.append(bell)
+    def ring(self, *bells: lifecycle.Bell) -> None:
+        """Push these messages soon, those of one queue with one command. Never waits, never fails."""
+        self._bells.extend(bells)
         self._rung.set()
 
     def announce(self, ended: lifecycle.Ended) -> None:

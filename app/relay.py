@@ -21,7 +21,7 @@ from typing import Any
 from app import circuits, db, delivery, lifecycle, publisher
 from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
-from app.core import errors, metrics, stopping, telemetry
+from app.core import errors, limits, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
 from app.keyring import Keyring, Ring
@@ -219,10 +219,11 @@ class Relay:
         return len(ended)
 
     async def prune(self) -> int:
-        """Remove a batch of what is past its time: ended tasks, tombstones of earlier ones, secrets, test events."""
+        """Remove a batch of what is past its time: ended tasks, tombstones, keys of submits, secrets, test events."""
         seconds = self.settings.retention_days * DAY_SECONDS
         pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
+        pruned += await lifecycle.forget_keys(self.db, older_than_seconds=limits.KEY_SECONDS, limit=BATCH)
         return pruned + await delivery.prune_secrets(self.db, limit=BATCH) + await self.trials.prune()
 
     async def deliver(self) -> int:

@@ -38,6 +38,15 @@ def _near(moment: datetime) -> datetime:
 Moment = Annotated[datetime, PlainValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
 """A date and time with a time zone, as UTC."""
 
+_TASK = "01a1fe4d-4e8a-73e7-9fae-b81ff55ba74f"
+_WEBHOOK = "52381371-9375-479a-ba44-7207e645f7e5"
+
+
+def _like(*examples: dict[str, Any]) -> ConfigDict:
+    """What an answer looks like."""
+    return ConfigDict(json_schema_extra={"examples": list(examples)})
+
+
 Tag = Annotated[str, Field(min_length=1, max_length=limits.TAG_LENGTH)]
 
 
@@ -78,6 +87,12 @@ class SubmitRequest(BaseModel):
         le=limits.TIME_LIMIT_SECONDS,
         description="Seconds that one attempt may take; the task's own unless given.",
     )
+    unique_for: float | None = Field(
+        None,
+        ge=1,
+        le=limits.AHEAD_SECONDS,
+        description="Seconds: an unfinished task with the same arguments, submitted so no longer ago, will do.",
+    )
     tags: list[Tag] = Field([], max_length=limits.TAGS, description="Words to find it by.")
     webhook_url: str | None = Field(
         None, min_length=1, max_length=2048, description="Hears how the task ended, signed (Standard Webhooks)."
@@ -100,11 +115,81 @@ class SubmitRequest(BaseModel):
 class TaskCreated(BaseModel):
     """The task is stored, and will run."""
 
+    model_config = _like({"task_id": _TASK})
+
     task_id: UUID
+
+
+class BatchRequest(BaseModel):
+    """Tasks to run, all or none."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"examples": [{"tasks": [{"kwargs": {"x": 1.0}}, {"kwargs": {"x": 2.0}, "countdown": 60}]}]},
+    )
+
+    tasks: list[SubmitRequest] = Field(min_length=1, max_length=limits.BATCH)
+
+
+class BatchCreated(BaseModel):
+    """The tasks are stored, and will run."""
+
+    model_config = _like({"task_ids": [_TASK, "01a1fe4d-4e97-7b24-8b08-581d9b235342"]})
+
+    task_ids: list[UUID] = Field(description="In the order of the tasks.")
+
+
+class RetryRead(BaseModel):
+    """When a task runs again by itself."""
+
+    exceptions: list[str] = Field(description="Those after which it does. All others end it.")
+    backoff_seconds: float | None = Field(description="The wait before the first retry, doubled before each next one.")
+    backoff_most_seconds: float = Field(description="The longest such wait.")
+    jitter: bool = Field(description="Whether each wait is drawn from zero to its value.")
+
+
+_LONG_TASK: dict[str, Any] = {
+    "name": "long_task",
+    "description": "Work for `x` seconds, reporting progress, and return a sentence.",
+    "parameters": {"type": "object", "properties": {"x": {"type": "number"}}, "additionalProperties": False},
+    "queue": "default",
+    "max_retries": 3,
+    "retry": {"exceptions": ["OSError"], "backoff_seconds": 1.0, "backoff_most_seconds": 600.0, "jitter": True},
+    "time_limit": None,
+    "soft_time_limit": None,
+}
+
+
+class CatalogEntry(BaseModel):
+    """A task that may be submitted."""
+
+    model_config = _like(_LONG_TASK)
+
+    name: str
+    description: str
+    parameters: dict[str, Any] = Field(description="JSON Schema (2020-12) of its arguments, as an object by name.")
+    queue: str = Field(description="Where it waits unless a submit says otherwise.")
+    max_retries: int
+    retry: RetryRead
+    time_limit: float | None = Field(description="Seconds that one attempt may take.")
+    soft_time_limit: float | None = Field(description="Seconds after which it is told to come to an end.")
+
+
+class CatalogPage(BaseModel):
+    """Every task that may be submitted, by name."""
+
+    model_config = _like({"data": [_LONG_TASK], "next_cursor": None})
+
+    data: list[CatalogEntry]
+    next_cursor: None = Field(description="There is no further page.")
 
 
 class StatusRead(BaseModel):
     """Where a task is in its life."""
+
+    model_config = _like({"status": "STARTED"})
 
     status: TaskStatus
 
@@ -119,12 +204,18 @@ class ErrorRead(BaseModel):
 class ResultRead(BaseModel):
     """How a task ended. `error` is there only if it did not end well; then `result` is null."""
 
+    model_config = _like(
+        {"result": "Worked for 5 seconds"}, {"result": None, "error": {"type": "OSError", "message": "no such page"}}
+    )
+
     result: Any
     error: ErrorRead | None = None
 
 
 class NotReady(BaseModel):
     """The task has not ended yet."""
+
+    model_config = _like({"detail": "Result not available yet"})
 
     detail: str = "Result not available yet"
 
@@ -155,6 +246,22 @@ class WebhookRead(BaseModel):
 
 class WebhookState(BaseModel):
     """How far the newest webhook of a task has come. Until there is an event to tell, most of it is null."""
+
+    model_config = _like(
+        {
+            "task_id": _TASK,
+            "url": "https://example.com/hooks/tasks",
+            "webhook_id": _WEBHOOK,
+            "event": "task.succeeded",
+            "sequence": 1,
+            "status": "delivered",
+            "attempt": 1,
+            "next_at": None,
+            "delivered_at": "2030-01-31T12:00:06Z",
+            "last_status_code": 204,
+            "last_error": None,
+        }
+    )
 
     task_id: UUID
     url: str = Field(description="Without its query, which may hold a token.")
@@ -188,6 +295,25 @@ class AttemptRead(BaseModel):
 class AttemptPage(BaseModel):
     """Some of the attempts, and where the next begin."""
 
+    model_config = _like(
+        {
+            "data": [
+                {
+                    "webhook_id": _WEBHOOK,
+                    "event": "task.succeeded",
+                    "sequence": 1,
+                    "number": 1,
+                    "started_at": "2030-01-31T12:00:05.250Z",
+                    "duration_seconds": 0.125,
+                    "status_code": 503,
+                    "error": "http_5xx",
+                    "excerpt": "down",
+                }
+            ],
+            "next_cursor": None,
+        }
+    )
+
     data: list[AttemptRead]
     next_cursor: str | None
 
@@ -201,6 +327,28 @@ class EventRead(BaseModel):
 
 class EventPage(BaseModel):
     """Some events, in line."""
+
+    model_config = _like(
+        {
+            "data": [
+                {
+                    "webhook_id": _WEBHOOK,
+                    "body": {
+                        "type": "task.succeeded",
+                        "timestamp": "2030-01-31T12:00:05.000Z",
+                        "data": {
+                            "task_id": _TASK,
+                            "task": "long_task",
+                            "status": "SUCCESS",
+                            "attempt": 1,
+                            "sequence": 1,
+                        },
+                    },
+                }
+            ],
+            "next_cursor": "17",
+        }
+    )
 
     data: list[EventRead]
     next_cursor: str = Field(description="Ask on `after` this one, now or later; without new events it stays.")
@@ -229,6 +377,8 @@ class RedeliverRequest(BaseModel):
 
 class Redelivered(BaseModel):
     """How many webhooks are due again, and where to go on."""
+
+    model_config = _like({"redelivered": 12, "next_cursor": None})
 
     redelivered: int
     next_cursor: str | None = Field(description="Ask again with it; null if all were looked at.")
@@ -335,6 +485,30 @@ class TestRead(BaseModel):
 class TaskRead(BaseModel):
     """Everything known about a task but its arguments and its result."""
 
+    model_config = _like(
+        {
+            "task_id": _TASK,
+            "status": "STARTED",
+            "task": "long_task",
+            "queue": "default",
+            "attempt": 1,
+            "failures": 0,
+            "max_retries": 3,
+            "time_limit": None,
+            "tags": ["nightly"],
+            "cancel_requested": False,
+            "rerun_of": None,
+            "created_at": "2030-01-31T12:00:00Z",
+            "run_at": "2030-01-31T12:00:00Z",
+            "started_at": "2030-01-31T12:00:00.125Z",
+            "finished_at": None,
+            "expires_at": None,
+            "progress": {"fraction": 0.4, "message": "2 of 5 seconds"},
+            "error": None,
+            "webhook": None,
+        }
+    )
+
     task_id: UUID
     status: TaskStatus
     task: str
@@ -359,11 +533,15 @@ class TaskRead(BaseModel):
 class Alive(BaseModel):
     """The process answers."""
 
+    model_config = _like({"status": "ok"})
+
     status: str = "ok"
 
 
 class Ready(BaseModel):
     """Whether the process can accept tasks, and what of its surroundings answers."""
+
+    model_config = _like({"status": "ready", "checks": {"postgres": "ok", "migrations": "ok", "redis": "ok"}})
 
     status: str
     checks: dict[str, str]
@@ -378,6 +556,16 @@ class FieldProblem(BaseModel):
 
 class Problem(BaseModel):
     """What went wrong (RFC 9457)."""
+
+    model_config = _like(
+        {
+            "type": "/problems/validation-failed",
+            "title": "Validation failed",
+            "status": 422,
+            "detail": "The request is not valid: see /kwargs/x",
+            "errors": [{"pointer": "/kwargs/x", "detail": "Input should be a valid number"}],
+        }
+    )
 
     type: str
     title: str

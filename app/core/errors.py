@@ -9,11 +9,13 @@
     ├── TaskDeclarationError      a task that can't be registered as it is written
     └── RequestError              the caller's fault, rendered as a problem (RFC 9457)
         ├── MalformedBody         400
+        ├── MalformedHeader       400
         ├── Unauthenticated       401
         ├── Forbidden             403
         ├── TaskNotFound          404
         ├── NoWebhook             404
         ├── SecretNotFound        404
+        ├── TaskNotRegistered     404
         ├── TaskEnded             409
         ├── WebhookNotDue         409
         ├── SecretNotStored       409
@@ -21,6 +23,7 @@
         ├── PayloadTooLarge       413
         ├── UnsupportedMediaType  415
         ├── ValidationFailed      422
+        ├── IdempotencyKeyReused  422
         ├── QuotaExceeded         429, with Retry-After
         ├── TooManyAtOnce         429, with Retry-After
         └── ServiceUnavailable    503, with Retry-After
@@ -50,7 +53,14 @@ class DatabaseUnavailable(TaskQueueError):
 
 
 class StatementRefused(TaskQueueError):
-    """Postgres refused a statement for what it says: a constraint, or data that it can't hold."""
+    """Postgres refused a statement for what it says: a constraint, or data that it can't hold.
+
+    `constraint` is the name of the constraint that was broken, if one was.
+    """
+
+    def __init__(self, detail: str, *, constraint: str | None = None) -> None:
+        super().__init__(detail)
+        self.constraint = constraint
 
 
 class BrokerUnavailable(TaskQueueError):
@@ -112,6 +122,15 @@ class MalformedBody(RequestError):
     slug, title = "malformed-body", "Malformed body"
 
 
+class MalformedHeader(RequestError):
+    """A header is not what this service reads; `errors` names it."""
+
+    slug, title = "malformed-header", "Malformed header"
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"{name}: {detail}", errors=[FieldError(pointer(name), detail)])
+
+
 class Unauthenticated(RequestError):
     """No key was shown, or one that opens nothing: unknown, expired or revoked, which is not told."""
 
@@ -159,6 +178,15 @@ class SecretNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__("No secret of yours has this id")
+
+
+class TaskNotRegistered(RequestError):
+    """The catalogue has no task of this name."""
+
+    status, slug, title = 404, "task-not-registered", "Task not registered"
+
+    def __init__(self) -> None:
+        super().__init__("No task of this name is registered")
 
 
 class TaskEnded(RequestError):
@@ -217,6 +245,15 @@ class TooManyAtOnce(RequestError):
     """As many requests of this kind as one caller may have are under way."""
 
     status, slug, title = 429, "too-many-at-once", "Too many at once"
+
+
+class IdempotencyKeyReused(RequestError):
+    """The key came before, with another request."""
+
+    status, slug, title = 422, "idempotency-key-reused", "Idempotency key reused"
+
+    def __init__(self) -> None:
+        super().__init__("The Idempotency-Key was used before, with another request; use a new one")
 
 
 class QuotaExceeded(RequestError):

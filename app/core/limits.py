@@ -9,5 +9,9 @@ TIME_LIMIT_SECONDS = DAY_SECONDS
 """The longest that one attempt may take."""
 AHEAD_SECONDS = YEAR_SECONDS
 """How far ahead a task may be due, or expire."""
+BATCH = 1000
+"""Tasks of one submit."""
+KEY_SECONDS = DAY_SECONDS
+"""How long the key of a submit stands for it."""
 TAGS = 20
 TAG_LENGTH = 64

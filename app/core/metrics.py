@@ -32,9 +32,9 @@ _BUILD = Gauge("taskqueue_build_info", "What runs here; always 1.", ["version", 
 _BUILD.labels(version=app.__version__, python=platform.python_version()).set(1)
 
 
-def submitted(task: str, queue: str) -> None:
-    """Count a task that was accepted."""
-    _SUBMITTED.labels(task=task, queue=queue, outcome="accepted").inc()
+def submitted(task: str, queue: str, outcome: str = "accepted") -> None:
+    """Count a submit that was answered with a task: `accepted`, or there already: `replayed`, `deduplicated`."""
+    _SUBMITTED.labels(task=task, queue=queue, outcome=outcome).inc()
 
 
 @contextlib.contextmanager

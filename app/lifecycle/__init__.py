@@ -1,11 +1,13 @@
 """THE state machine: the transition table, the pure `decide()`, and every statement on `task`.
 
 `rules` says what an outcome means; `waiting` and `attempts` make it so, each
-statement under its guard; `reads` answers questions, `retention` removes what is
-past its time. Callers use the names here.
+statement under its guard; `batch` submits more than one plain task, `reads`
+answers questions, `retention` removes what is past its time. Callers use the
+names here.
 """
 
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
+from app.lifecycle.batch import remembered, submit_batch
 from app.lifecycle.invariants import Breach, breaches, invariants
 from app.lifecycle.reads import (
     Place,
@@ -24,7 +26,7 @@ from app.lifecycle.reads import (
     unfinished_queues,
     view,
 )
-from app.lifecycle.retention import forget, prune, was_pruned
+from app.lifecycle.retention import forget, forget_keys, prune, was_pruned
 from app.lifecycle.rules import (
     CRASH_BUDGET,
     LOSS_BUDGET,
@@ -48,7 +50,7 @@ from app.lifecycle.rules import (
     Transition,
     decide,
 )
-from app.lifecycle.values import Bell, Claimed, Ended, Lease, NewTask, Settled
+from app.lifecycle.values import Bell, Claimed, Ended, Lease, NewTask, Remembered, Settled, SubmitKey, Submitted
 from app.lifecycle.waiting import cancel, expire, refuse, submit, take_due, take_lost, take_released, unpublish
 
 __all__ = [
@@ -76,8 +78,11 @@ __all__ = [
     "Outcome",
     "Place",
     "QueueCounts",
+    "Remembered",
     "RetryAsked",
     "Settled",
+    "SubmitKey",
+    "Submitted",
     "Succeeded",
     "TaskView",
     "TimedOut",
@@ -92,6 +97,7 @@ __all__ = [
     "expire",
     "expired_leases",
     "forget",
+    "forget_keys",
     "invariants",
     "most_waiting",
     "places",
@@ -100,6 +106,7 @@ __all__ = [
     "reap",
     "record_progress",
     "refuse",
+    "remembered",
     "renew",
     "result",
     "results",
@@ -107,6 +114,7 @@ __all__ = [
     "settle_for",
     "status",
     "submit",
+    "submit_batch",
     "take_due",
     "take_lost",
     "take_released",

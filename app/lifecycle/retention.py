@@ -20,6 +20,8 @@ WITH old AS (
      ORDER BY finished_at LIMIT $2 FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM task t USING old WHERE t.id = old.id RETURNING t.id, t.owner
+), free AS (
+    DELETE FROM unique_task u USING old WHERE u.task_id = old.id
 )
 INSERT INTO task_tombstone (id, owner) SELECT id, owner FROM gone
 ON CONFLICT (id) DO UPDATE SET pruned_at = now(), owner = excluded.owner
@@ -53,6 +55,22 @@ DELETE FROM task_tombstone t USING old WHERE t.id = old.id RETURNING t.id
 async def forget(db: Database, *, older_than_seconds: float, limit: int) -> int:
     """Remove tombstones; from then on their ids are unknown. Returns how many were removed."""
     return len(await db.fetch(_FORGET, older_than_seconds, limit))
+
+
+_FORGET_KEYS = """
+WITH old AS (
+    SELECT owner, route, key FROM idempotency_key WHERE created_at < now() - make_interval(secs => $1)
+     ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+DELETE FROM idempotency_key k USING old
+ WHERE k.owner = old.owner AND k.route = old.route AND k.key = old.key
+RETURNING true
+"""
+
+
+async def forget_keys(db: Database, *, older_than_seconds: float, limit: int) -> int:
+    """Remove keys of submits; from then on each may stand for another one. Returns how many were removed."""
+    return len(await db.fetch(_FORGET_KEYS, older_than_seconds, limit))
 
 
 async def was_pruned(db: Database, task_id: UUID, *, owner: str = "") -> bool:

@@ -24,6 +24,8 @@ class NewTask:
         expires_in_seconds: from now until it is not worth running any more; or `expires_at`.
         time_limit: seconds that one attempt may take.
         failures: what it has spent already of `max_retries`, as Celery's `apply_async(retries=…)` says.
+        unique_key: a digest of what no two unfinished tasks may share; None for one of many.
+        unique_for_seconds: how old an unfinished task with this digest may be, to be answered in place of this one.
     """
 
     id: UUID
@@ -44,6 +46,53 @@ class NewTask:
     rerun_of: UUID | None = None
     failures: int = 0
     owner: str = ""
+    unique_key: bytes | None = None
+    unique_for_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitKey:
+    """What a submit that may come again is known by.
+
+    Attributes:
+        owner: whose it is.
+        route: where it was posted to.
+        key: what the client called it.
+        fingerprint: SHA-256 of what was posted.
+    """
+
+    owner: str
+    route: str
+    key: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """What came of a submit of several tasks, or of one that may come again.
+
+    Attributes:
+        task_ids: one for each that was wanted, in their order.
+        bells: the messages to push now.
+        created: ids of the tasks that were made; the others were there already.
+    """
+
+    task_ids: tuple[UUID, ...]
+    bells: tuple["Bell", ...]
+    created: frozenset[UUID]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """The first submit under a key.
+
+    Attributes:
+        fingerprint: of what was posted then.
+        task_ids: what was answered.
+    """
+
+    fingerprint: bytes
+    task_ids: tuple[UUID, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ fault where there is one, and nothing of its values in the answer.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,11 +21,26 @@ from app.core import errors
 from app.core.errors import FieldError
 from app.core.fields import field_errors
 
-SIZE_LIMIT_BYTES = 1024 * 1024
-DEPTH_LIMIT = 32
-"""Arrays and objects inside each other, the body itself included."""
-ITEMS_LIMIT = 10_000
-"""Members of all objects and elements of all arrays together."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How much a body may be.
+
+    Attributes:
+        size_bytes: of the text.
+        depth: arrays and objects inside each other, the body itself included.
+        items: members of all objects and elements of all arrays together.
+    """
+
+    size_bytes: int
+    depth: int
+    items: int
+
+
+LIMITS = Limits(size_bytes=1024 * 1024, depth=32, items=10_000)
+"""Of a body that is about one thing."""
+BATCH_LIMITS = Limits(size_bytes=4 * 1024 * 1024, depth=LIMITS.depth + 2, items=50_000)
+"""Of one that is a list of such: each may be as deep, and all together have about 4 KiB and 50 items each."""
 DIGITS_LIMIT = 4300
 """Of an integer: what Python turns into a number and back in reasonable time."""
 
@@ -56,21 +71,21 @@ class _Refused:
     reason: str
 
 
-async def read(request: Request) -> Body:
+async def read(request: Request, limits: Limits = LIMITS) -> Body:
     """The body of a request; an empty one counts as `{}`.
 
     Raises:
-        PayloadTooLarge: if it is, or says it is, over `SIZE_LIMIT_BYTES`.
+        PayloadTooLarge: if it is, or says it is, larger than `limits` allow.
         UnsupportedMediaType: if it is not declared as JSON in UTF-8.
         MalformedBody: if it is no JSON (RFC 8259), is ambiguous, too deep or too long.
         ValidationFailed: if it is no object, or holds text that can't be stored.
     """
-    raw = await _received(request)
+    raw = await _received(request, limits.size_bytes)
     if not raw:
         return Body("{}", {})
     text = _decoded(raw)
-    value = _parsed(text)
-    _check(value)
+    value = _parsed(text, limits)
+    check(value, limits)
     if not isinstance(value, dict):
         raise errors.ValidationFailed([FieldError("", "The body must be a JSON object")])
     return Body(text, value)
@@ -82,7 +97,11 @@ async def wanted(request: Request, model: type[M]) -> M:
     Raises:
         ValidationFailed: naming each field at fault; and whatever `read` raises.
     """
-    posted = await read(request)
+    return parsed(await read(request), model)
+
+
+def parsed(posted: Body, model: type[M]) -> M:
+    """A body that was read, as one of the `schemas`. Raises ValidationFailed, naming each field at fault."""
     try:
         return model.model_validate_json(posted.text)
     except ValidationError as invalid:
@@ -90,45 +109,33 @@ async def wanted(request: Request, model: type[M]) -> M:
         raise errors.ValidationFailed(field_errors(findings, posted.value)) from None
 
 
-def declared(model: type[BaseModel], *, required: bool) -> dict[str, Any]:
-    """What a route declares of the body that it reads with `wanted`, for FastAPI's `openapi_extra`."""
-    schema = model.model_json_schema()
-    whole = _inlined(schema, schema.pop("$defs", {}))
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": whole}}}}
+def declared(model: type[BaseModel], *, required: bool, description: str = "") -> dict[str, Any]:
+    """What a route declares of the body that it reads, for FastAPI's `openapi_extra`; see `openapi.install`."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    shown: dict[str, Any] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    return {"requestBody": shown | ({"description": description} if description else {})}
 
 
-def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
-    """The schema with what it refers to in its place: in the middle of a document, its references lead nowhere."""
-    if isinstance(schema, list):
-        return [_inlined(one, definitions) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
-    if name in definitions:
-        return _inlined(definitions[name] | {key: one for key, one in schema.items() if key != "$ref"}, definitions)
-    return {key: _inlined(one, definitions) for key, one in schema.items()}
-
-
-async def _received(request: Request) -> bytes:
+async def _received(request: Request, most_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > len(str(SIZE_LIMIT_BYTES)) or int(declared) > SIZE_LIMIT_BYTES):
-        raise _too_large()
+    if declared.isdecimal() and (len(declared) > len(str(most_bytes)) or int(declared) > most_bytes):
+        raise _too_large(most_bytes)
     raw = bytearray()
     try:
         async for chunk in request.stream():
             if chunk and not raw:
                 _check_type(request)
             raw += chunk
-            if len(raw) > SIZE_LIMIT_BYTES:
-                raise _too_large()
+            if len(raw) > most_bytes:
+                raise _too_large(most_bytes)
     except ClientDisconnect:
         # Nobody reads the answer; it only has to be no error of ours.
         raise errors.MalformedBody("The connection was closed before the body ended") from None
     return bytes(raw)
 
 
-def _too_large() -> errors.PayloadTooLarge:
-    return errors.PayloadTooLarge(f"The body must not be larger than {SIZE_LIMIT_BYTES} bytes")
+def _too_large(most_bytes: int) -> errors.PayloadTooLarge:
+    return errors.PayloadTooLarge(f"The body must not be larger than {most_bytes} bytes")
 
 
 def _check_type(request: Request) -> None:
@@ -152,18 +159,18 @@ def _decoded(raw: bytes) -> str:
     return text
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, limits: Limits) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_int=_int, parse_constant=_constant)
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise errors.MalformedBody(f"The body is not JSON: {bad.msg} ({where})") from None
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep(limits) from None
 
 
-def _too_deep() -> errors.MalformedBody:
-    return errors.MalformedBody(f"The body must not be nested deeper than {DEPTH_LIMIT} levels")
+def _too_deep(limits: Limits) -> errors.MalformedBody:
+    return errors.MalformedBody(f"The body must not be nested deeper than {limits.depth} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -192,8 +199,13 @@ def _constant(_: str) -> _Refused:
     return _Refused("NaN and Infinity are not JSON")
 
 
-def _check(body: Any) -> None:
-    """Look at every value, without recursion."""
+def check(body: Any, limits: Limits = LIMITS) -> None:
+    """Look at every value, without recursion.
+
+    Raises:
+        MalformedBody: if it is too deep or too long, or no JSON somewhere.
+        ValidationFailed: if it holds text that can't be stored.
+    """
     items = 0
     waiting: list[tuple[Any, Place]] = [(body, ())]
     while waiting:
@@ -205,10 +217,10 @@ def _check(body: Any) -> None:
             _check_text(value, place, "The text")
         elif isinstance(value, dict | list):
             items += len(value)
-            if items > ITEMS_LIMIT:
-                raise errors.MalformedBody(f"The body must not have more than {ITEMS_LIMIT} members and elements")
-            if len(place) >= DEPTH_LIMIT:
-                raise _too_deep()
+            if items > limits.items:
+                raise errors.MalformedBody(f"The body must not have more than {limits.items} members and elements")
+            if len(place) >= limits.depth:
+                raise _too_deep(limits)
             waiting.extend((child, (*place, name)) for name, child in _children(value, place))
 
 

@@ -1,20 +1,16 @@
 """Submit, status, result, and all that is known of a task."""
 
-import json
-from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import catalog, lifecycle, schemas
-from app.core import errors, ids, metrics, telemetry
-from app.core.errors import FieldError
+from app import lifecycle, schemas
+from app.core import errors, metrics
 from app.core.statuses import TaskStatus
-from app.routers import body, door, problems
+from app.routers import admission, body, door, openapi, problems
 from app.routers.state import Resources, State
-from app.utils import guard
 
 PATH = "/api/tasks"
 ONE = "/{id}"
@@ -24,8 +20,12 @@ router = APIRouter(prefix=PATH, tags=["tasks"])
 
 TaskId = Annotated[UUID, Path(alias="id", description="The `task_id` that the submit answered.")]
 
-_LOCATION = {"Location": {"description": "Where the task can be read.", "schema": {"type": "string"}}}
-_ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"description": "Stored: the task will run.", "headers": _LOCATION}}
+_KEYED = {"parameters": [dict(openapi.KEY_PARAMETER)]}
+_SUBMIT_BODY = _KEYED | body.declared(schemas.SubmitRequest, required=False)
+_BATCH_BODY = _KEYED | body.declared(schemas.BatchRequest, required=True, description="4 MiB at most.")
+_ACCEPTED_BATCH: dict[int | str, dict[str, Any]] = {
+    202: {"description": "Stored: the tasks will run.", "headers": dict(openapi.SUBMIT_HEADERS)}
+}
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"model": schemas.StatusRead, "description": "The task runs; its code will be told."}
 }
@@ -41,23 +41,51 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {
 @router.post(
     "/submit",
     status_code=202,
-    responses=_ACCEPTED | problems.responses(400, 413, 415, 422, 503),
-    openapi_extra=body.declared(schemas.SubmitRequest, required=False),
+    responses=openapi.ACCEPTED | problems.responses(400, 413, 415, 422, 503),
+    openapi_extra=_SUBMIT_BODY,
 )
 async def submit(request: Request, response: Response, state: Resources, caller: door.Writer) -> schemas.TaskCreated:
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""
     with metrics.counting_rejections():
-        wanted = await body.wanted(request, schemas.SubmitRequest)
-        new = _new_task(wanted, state, owner=caller.owner, traceparent=telemetry.current_traceparent(request.headers))
-        publisher, backlog = state["publisher"], state["backlog"]
-        backlog.admit()
-        bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
-    backlog.accepted()
-    if bell is not None:
-        publisher.ring(bell)
-    metrics.submitted(new.name, new.queue)
-    response.headers["Location"] = f"{PATH}/{new.id}"
-    return schemas.TaskCreated(task_id=new.id)
+        posted = await body.read(request)
+        wanted = body.parsed(posted, schemas.SubmitRequest)
+        key = admission.key_of(request, caller, posted.value)
+        accepted = await admission.accept(request, state, caller, [wanted], key=key)
+    return created(accepted, response)
+
+
+def created(accepted: admission.Accepted, response: Response) -> schemas.TaskCreated:
+    """The answer to whoever submitted one task."""
+    [task_id] = accepted.task_ids
+    accepted.tell(response)
+    response.headers["Location"] = f"{PATH}/{task_id}"
+    return schemas.TaskCreated(task_id=task_id)
+
+
+@router.post(
+    "/batch",
+    status_code=202,
+    responses=_ACCEPTED_BATCH | problems.responses(400, 413, 415, 422, 503),
+    openapi_extra=_BATCH_BODY,
+)
+async def submit_batch(
+    request: Request, response: Response, state: Resources, caller: door.Writer
+) -> schemas.BatchCreated:
+    """Store up to 1,000 tasks, all or none of them, and answer at once. Their ids come in the order of the tasks.
+
+    Each is as in a submit; what is wrong with the nth of them is named under `/tasks/n`. The body may have 4 MiB.
+    """
+    with metrics.counting_rejections():
+        posted = await body.read(request, body.BATCH_LIMITS)
+        wanted = body.parsed(posted, schemas.BatchRequest)
+        key = admission.key_of(request, caller, posted.value)
+        accepted = await admission.accept(request, state, caller, wanted.tasks, key=key, place=_in_batch)
+    accepted.tell(response)
+    return schemas.BatchCreated(task_ids=list(accepted.task_ids))
+
+
+def _in_batch(index: int, pointer: str) -> str:
+    return f"/tasks/{index}{pointer}"
 
 
 @router.get(f"{ONE}/status", responses=problems.responses(404, 410, 422, 503))
@@ -126,59 +154,6 @@ async def absent(task_id: UUID, state: State, caller: door.Caller) -> errors.Req
     """Why the caller has no such task: it is past its retention, or never was theirs."""
     pruned = await lifecycle.was_pruned(state["db"], task_id, owner=caller.owner)
     return errors.ResultExpired() if pruned else errors.TaskNotFound()
-
-
-def _new_task(wanted: schemas.SubmitRequest, state: State, *, owner: str, traceparent: str) -> lifecycle.NewTask:
-    """The row to be written, or all that is wrong with it."""
-    faults: list[FieldError] = []
-    webhook_url = _admitted(wanted.webhook_url, state["rules"], faults)
-    try:
-        entry = catalog.lookup(wanted.task)
-        entry.validate_call(wanted.args, wanted.kwargs)
-    except errors.ValidationFailed as invalid:
-        faults += invalid.errors
-        entry = None
-    queues = state["settings"].queues
-    queue = wanted.queue or (entry.queue if entry is not None else None) or queues[0]
-    if queue not in queues:
-        faults.append(FieldError("/queue", "No worker consumes a queue of this name"))
-    if wanted.webhook_events is not None and wanted.webhook_url is None:
-        faults.append(FieldError("/webhook_events", "Needs a webhook_url"))
-    if entry is None or faults:
-        raise errors.ValidationFailed(faults)
-    moment = wanted.expires if isinstance(wanted.expires, datetime) else None
-    return lifecycle.NewTask(
-        id=ids.uuid7(),
-        name=entry.name,
-        queue=queue,
-        args=_json(wanted.args),
-        kwargs=_json(wanted.kwargs),
-        tags=tuple(wanted.tags),
-        webhook_url=webhook_url,
-        webhook_events=None if wanted.webhook_events is None else tuple(dict.fromkeys(wanted.webhook_events)),
-        max_retries=entry.max_retries if wanted.max_retries is None else wanted.max_retries,
-        time_limit=entry.time_limit if wanted.time_limit is None else wanted.time_limit,
-        delay_seconds=wanted.countdown or 0.0,
-        due_at=wanted.eta,
-        expires_in_seconds=None if isinstance(wanted.expires, datetime) else wanted.expires,
-        expires_at=moment,
-        traceparent=traceparent,
-        owner=owner,
-    )
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def _admitted(url: str | None, rules: guard.EgressRules, faults: list[FieldError]) -> str | None:
-    if url is None:
-        return None
-    try:
-        return guard.admit_url(url, rules)
-    except ValueError as refused:
-        faults.append(FieldError("/webhook_url", str(refused)))
-        return None
 
 
 def _shown_error(error: lifecycle.Error | None) -> dict[str, str] | None:

@@ -447,7 +447,10 @@ async def test_a_fault_of_ours_is_a_500_without_its_reason(api: httpx.AsyncClien
 async def test_openapi_declares_every_problem_and_the_body(api: httpx.AsyncClient) -> None:
     schema = (await api.get("/openapi.json")).json()
     submit = schema["paths"][SUBMIT]["post"]
-    fields = submit["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert submit["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/SubmitRequest"
+    }
+    fields = schema["components"]["schemas"]["SubmitRequest"]["properties"]
     assert {"task", "args", "kwargs", "webhook_url", "eta", "expires", "tags"} <= set(fields)
     assert "task.succeeded" in str(fields["webhook_events"])
     assert "$defs" not in str(schema), "a reference that leads nowhere"

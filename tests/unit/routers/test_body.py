@@ -69,7 +69,7 @@ async def test_a_compressed_body_is_415() -> None:
     assert (await refused(b"\x1f\x8b", content_encoding="gzip")).status == 415
 
 
-@pytest.mark.parametrize("length", [str(body.SIZE_LIMIT_BYTES + 1), "9" * 5000])
+@pytest.mark.parametrize("length", [str(body.LIMITS.size_bytes + 1), "9" * 5000])
 async def test_a_body_that_says_it_is_too_large_is_413_before_it_is_read(length: str) -> None:
     with pytest.raises(errors.PayloadTooLarge):
         await body.read(request_of([], {"content-type": JSON, "content-length": length}))
@@ -82,8 +82,8 @@ async def test_a_body_that_grows_too_large_is_413() -> None:
 
 
 async def test_a_body_of_the_largest_size_passes() -> None:
-    raw = '{"a": "' + "x" * (body.SIZE_LIMIT_BYTES - 9) + '"}'
-    assert len((await read(raw)).text) == body.SIZE_LIMIT_BYTES
+    raw = '{"a": "' + "x" * (body.LIMITS.size_bytes - 9) + '"}'
+    assert len((await read(raw)).text) == body.LIMITS.size_bytes
 
 
 async def test_a_client_that_hangs_up_is_no_error_of_ours() -> None:
@@ -153,12 +153,12 @@ def nested(levels: int) -> str:
 
 
 async def test_nesting_is_bounded() -> None:
-    assert (await read(nested(body.DEPTH_LIMIT))).value
-    assert (await refused(nested(body.DEPTH_LIMIT + 1))).status == 400
+    assert (await read(nested(body.LIMITS.depth))).value
+    assert (await refused(nested(body.LIMITS.depth + 1))).status == 400
 
 
 async def test_the_number_of_items_is_bounded() -> None:
-    most = body.ITEMS_LIMIT - 1
+    most = body.LIMITS.items - 1
     assert (await read(json.dumps({"a": [0] * most}))).value
     assert (await refused(json.dumps({"a": [0] * (most + 1)}))).status == 400
     assert (await refused(json.dumps({"a": [[0] * 10] * (most // 10)}))).status == 400

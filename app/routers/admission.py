@@ -1,0 +1,238 @@
+"""From what a caller asked for to rows and messages: the one way in, for every route that submits.
+
+All that is wrong is found before anything is written. A submit may come with an
+`Idempotency-Key`; then it may come again, and is answered as it was the first
+time, whatever has changed since.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from fastapi import Request, Response
+
+from app import catalog, lifecycle, schemas
+from app.core import errors, ids, metrics, telemetry
+from app.core.errors import FieldError
+from app.core.fields import FIELD_ERRORS_LIMIT
+from app.routers.door import Caller
+from app.routers.state import State
+from app.utils import guard
+
+KEY_HEADER = "Idempotency-Key"
+REPLAYED_HEADER = "Idempotent-Replayed"
+DEDUPLICATED_HEADER = "Task-Deduplicated"
+KEY_PATTERN = r'^("([!#-\[\]-~]|\\["\\]){1,255}"|[!#-~][!-~]{0,254})$'
+"""Visible ASCII, bare or as a string of structured fields (RFC 9651), whose quotes and escapes are not part of it."""
+
+BREATH = 50
+"""Tasks of a batch that are checked before others get their turn."""
+
+_KEY = re.compile(KEY_PATTERN, flags=re.ASCII)
+_ESCAPED = re.compile(r"\\(.)")
+
+Place = Callable[[int, str], str]
+"""Where a field of the nth task stands in the request, by its pointer in a plain submit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """Tasks that are stored, one for each that was wanted.
+
+    Attributes:
+        task_ids: in the order of the request.
+        replayed: they were made by an earlier request under the same key.
+        deduplicated: at least one was there already, unfinished, and `unique_for` says that it will do.
+    """
+
+    task_ids: tuple[UUID, ...]
+    replayed: bool = False
+    deduplicated: bool = False
+
+    def tell(self, response: Response) -> None:
+        """Say in the headers of an answer what is unusual about it."""
+        if self.replayed:
+            response.headers[REPLAYED_HEADER] = "true"
+        if self.deduplicated:
+            response.headers[DEDUPLICATED_HEADER] = "true"
+
+
+def key_of(request: Request, caller: Caller, *posted: object) -> lifecycle.SubmitKey | None:
+    """What this submit is known by, if its caller gave it a key.
+
+    Args:
+        request: whose `Idempotency-Key` is read.
+        caller: nobody else's keys are the same.
+        posted: all that a second request under the same key must repeat, as JSON has it.
+
+    Raises:
+        MalformedHeader: if the header is no key, or there twice.
+    """
+    sent = request.headers.getlist(KEY_HEADER)
+    if not sent:
+        return None
+    if len(sent) > 1 or not _KEY.fullmatch(sent[0]):
+        raise errors.MalformedHeader(KEY_HEADER, "Should be once, of 1 to 255 visible ASCII characters, quoted or bare")
+    key = _ESCAPED.sub(r"\1", sent[0][1:-1]) if sent[0].startswith('"') else sent[0]
+    canonical = json.dumps(posted, sort_keys=True, separators=(",", ":"))
+    return lifecycle.SubmitKey(
+        owner=caller.owner, route=request.url.path, key=key, fingerprint=hashlib.sha256(canonical.encode()).digest()
+    )
+
+
+def as_submitted(_: int, pointer: str) -> str:
+    """The place of a field in a plain submit."""
+    return pointer
+
+
+async def accept(
+    request: Request,
+    state: State,
+    caller: Caller,
+    wanted: Sequence[schemas.SubmitRequest],
+    *,
+    key: lifecycle.SubmitKey | None,
+    place: Place = as_submitted,
+) -> Accepted:
+    """Store tasks, all or none, and ring for those that are due.
+
+    Raises:
+        ValidationFailed: naming all that is wrong, if anything is.
+        IdempotencyKeyReused: if the key stands for another request.
+        ServiceUnavailable: if too many tasks wait.
+        DatabaseUnavailable: if Postgres is away; the tasks may be there all the same, as the same key will tell.
+    """
+    try:
+        new = await _new_tasks(request, state, caller, wanted, place)
+        state["backlog"].admit(len(new))
+    except errors.RequestError:
+        # What was accepted once is answered again, even if it would be refused now.
+        if key is not None and (first := await lifecycle.remembered(state["db"], key)) is not None:
+            return _again(first, key)
+        raise
+    if key is None and len(new) == 1 and new[0].unique_key is None:
+        return await _accept_plain(state, new[0])
+    return await _accept_batch(state, new, key)
+
+
+async def _accept_plain(state: State, new: lifecycle.NewTask) -> Accepted:
+    publisher = state["publisher"]
+    bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
+    state["backlog"].accepted()
+    if bell is not None:
+        publisher.ring(bell)
+    metrics.submitted(new.name, new.queue)
+    return Accepted(task_ids=(new.id,))
+
+
+async def _accept_batch(state: State, new: Sequence[lifecycle.NewTask], key: lifecycle.SubmitKey | None) -> Accepted:
+    publisher = state["publisher"]
+    held_back = {one.queue for one in new if publisher.away(one.queue)}
+    while (made := await lifecycle.submit_batch(state["db"], new, held_back=held_back, key=key)) is None:
+        # The first one is committed: its row kept this one out.
+        if key is not None and (first := await lifecycle.remembered(state["db"], key)) is not None:
+            _count(new, "replayed")
+            return _again(first, key)
+    state["backlog"].accepted(len(made.created))
+    publisher.ring(*made.bells)
+    _count((one for one in new if one.id in made.created), "accepted")
+    _count((one for one in new if one.id not in made.created), "deduplicated")
+    return Accepted(task_ids=made.task_ids, deduplicated=len(made.created) < len(new))
+
+
+def _count(new: Iterable[lifecycle.NewTask], outcome: str) -> None:
+    for one in new:
+        metrics.submitted(one.name, one.queue, outcome)
+
+
+def _again(first: lifecycle.Remembered, key: lifecycle.SubmitKey) -> Accepted:
+    if first.fingerprint != key.fingerprint:
+        raise errors.IdempotencyKeyReused
+    return Accepted(task_ids=first.task_ids, replayed=True)
+
+
+async def _new_tasks(
+    request: Request, state: State, caller: Caller, wanted: Sequence[schemas.SubmitRequest], place: Place
+) -> list[lifecycle.NewTask]:
+    """The rows to be written. Raises ValidationFailed with all that is wrong with any of them."""
+    traceparent = telemetry.current_traceparent(request.headers)
+    new: list[lifecycle.NewTask] = []
+    faults: list[FieldError] = []
+    for index, one in enumerate(wanted):
+        if index and index % BREATH == 0:
+            await asyncio.sleep(0)
+        try:
+            new.append(new_task(one, state, owner=caller.owner, traceparent=traceparent))
+        except errors.ValidationFailed as invalid:
+            faults += (FieldError(place(index, fault.pointer), fault.detail) for fault in invalid.errors)
+            if len(faults) >= FIELD_ERRORS_LIMIT:
+                break
+    if faults:
+        raise errors.ValidationFailed(faults[:FIELD_ERRORS_LIMIT])
+    return new
+
+
+def new_task(wanted: schemas.SubmitRequest, state: State, *, owner: str, traceparent: str) -> lifecycle.NewTask:
+    """The row to be written. Raises ValidationFailed with all that is wrong with it."""
+    faults: list[FieldError] = []
+    webhook_url = _admitted(wanted.webhook_url, state["rules"], faults)
+    try:
+        entry = catalog.lookup(wanted.task)
+        entry.validate_call(wanted.args, wanted.kwargs)
+    except errors.ValidationFailed as invalid:
+        faults += invalid.errors
+        entry = None
+    queues = state["settings"].queues
+    queue = wanted.queue or (entry.queue if entry is not None else None) or queues[0]
+    if queue not in queues:
+        faults.append(FieldError("/queue", "No worker consumes a queue of this name"))
+    if wanted.webhook_events is not None and wanted.webhook_url is None:
+        faults.append(FieldError("/webhook_events", "Needs a webhook_url"))
+    if entry is None or faults:
+        raise errors.ValidationFailed(faults)
+    moment = wanted.expires if isinstance(wanted.expires, datetime) else None
+    return lifecycle.NewTask(
+        id=ids.uuid7(),
+        name=entry.name,
+        queue=queue,
+        args=_json(wanted.args),
+        kwargs=_json(wanted.kwargs),
+        tags=tuple(wanted.tags),
+        webhook_url=webhook_url,
+        webhook_events=None if wanted.webhook_events is None else tuple(dict.fromkeys(wanted.webhook_events)),
+        max_retries=entry.max_retries if wanted.max_retries is None else wanted.max_retries,
+        time_limit=entry.time_limit if wanted.time_limit is None else wanted.time_limit,
+        delay_seconds=wanted.countdown or 0.0,
+        due_at=wanted.eta,
+        expires_in_seconds=None if isinstance(wanted.expires, datetime) else wanted.expires,
+        expires_at=moment,
+        traceparent=traceparent,
+        owner=owner,
+        unique_key=None if wanted.unique_for is None else _unique_key(owner, entry, wanted),
+        unique_for_seconds=wanted.unique_for,
+    )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _unique_key(owner: str, entry: catalog.Entry, wanted: schemas.SubmitRequest) -> bytes:
+    call: list[Any] = [owner, entry.name, entry.named(wanted.args, wanted.kwargs)]
+    return hashlib.sha256(json.dumps(call, sort_keys=True, separators=(",", ":")).encode()).digest()
+
+
+def _admitted(url: str | None, rules: guard.EgressRules, faults: list[FieldError]) -> str | None:
+    if url is None:
+        return None
+    try:
+        return guard.admit_url(url, rules)
+    except ValueError as refused:
+        faults.append(FieldError("/webhook_url", str(refused)))
+        return None

@@ -17,6 +17,7 @@ BUILDER ?= docker
 DEMO_ARGS ?=
 SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py)
 BENCH_ARGS ?=
+API_ARGS ?=
 
 # A candidate is run, not looked up: a pyenv shim may be there and fail.
 CANDIDATES := $(or $(PYTHON),python3.12 python3.11 python3 python3.13)
@@ -43,6 +44,10 @@ test-faults: $(VENV)/.dev ## Run every fault and all that is slow, one after ano
 .PHONY: soak
 soak: $(VENV)/.dev ## Random faults under load for MINUTES (20), then an audit; SOAK_ARGS="--seed N" repeats one
 	@exec $(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),20) $(SOAK_ARGS)
+
+.PHONY: test-api
+test-api: $(VENV)/.dev ## Try the API against its own description with schemathesis; API_ARGS="--url … --key …"
+	@exec $(BIN)/python -m tests.conformance $(API_ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## Lint, formatting, types, import contracts

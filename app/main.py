@@ -18,7 +18,18 @@ from app.db import Database
 from app.keys import Masters
 from app.publisher import Publisher
 from app.routers import catalog as catalog_routes
-from app.routers import documentation, door, health, openapi, problems, tasks, trials, webhook_secrets, webhooks
+from app.routers import (
+    documentation,
+    door,
+    health,
+    methods,
+    openapi,
+    problems,
+    tasks,
+    trials,
+    webhook_secrets,
+    webhooks,
+)
 from app.routers.state import State
 from app.turns import Turns
 from app.utils.guard import EgressRules
@@ -73,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.include_router(health.router)
     if not open_to_all:
         api.include_router(documentation.router)
+    methods.install(api)
     problems.install(api)
     openapi.install(api, catalog_routes.ANY)
     door.install(api, settings)

@@ -61,7 +61,11 @@ class SubmitRequest(BaseModel):
             "examples": [
                 {"webhook_url": "https://example.com/hooks/tasks"},
                 {"task": "long_task", "kwargs": {"x": 2.5}, "max_retries": 5, "tags": ["nightly"]},
-            ]
+            ],
+            "not": {
+                "required": ["countdown", "eta"],
+                "properties": {"countdown": {"type": "number"}, "eta": {"type": "string"}},
+            },
         },
     )
 

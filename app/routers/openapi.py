@@ -77,11 +77,14 @@ def install(api: FastAPI, any_task: str) -> None:
         if not complete:
             complete.update(copy.deepcopy(generated()))
             components = complete["components"]["schemas"]
-            described = complete["paths"][any_task]["post"]
+            described = complete["paths"][any_task]
             taken = {operation["operationId"] for operation in _operations(complete)}
             for entry in catalog.entries():
                 path = any_task.replace("{name}", entry.name)
-                complete["paths"][path] = {"post": _task_operation(entry, described, components, taken)}
+                complete["paths"][path] = {
+                    "get": _of_task(entry, described["get"], "read", taken),
+                    "post": _submit_of_task(entry, described["post"], components, taken),
+                }
             for operation in _operations(complete):
                 _hoist(operation, components)
             _show_examples(components)
@@ -103,7 +106,16 @@ def _show_examples(components: dict[str, Any]) -> None:
             components[name] |= copy.deepcopy(extra)
 
 
-def _task_operation(
+def _of_task(entry: catalog.Entry, described: Mapping[str, Any], verb: str, taken: set[str]) -> dict[str, Any]:
+    """An operation that answers for any task, as it is for this one."""
+    operation = copy.deepcopy(dict(described))
+    operation["parameters"] = [one for one in operation["parameters"] if one["in"] != "path"]
+    operation["operationId"] = _free(f"{verb}_" + re.sub(r"\W|-", "_", entry.name), taken)
+    taken.add(operation["operationId"])
+    return operation
+
+
+def _submit_of_task(
     entry: catalog.Entry, described: Mapping[str, Any], components: dict[str, Any], taken: set[str]
 ) -> dict[str, Any]:
     """A task as a path of its own: the operation that answers all of them, and what its arguments are."""
@@ -113,10 +125,7 @@ def _task_operation(
     for name, definition in arguments.pop("$defs", {}).items():
         components[f"{prefix}.{name}"] = _renamed(definition, prefix)
     components[prefix] = _renamed(arguments, prefix)
-    operation = copy.deepcopy(dict(described))
-    operation["parameters"] = [one for one in operation["parameters"] if one["in"] != "path"]
-    operation["operationId"] = _free("submit_" + re.sub(r"\W|-", "_", entry.name), taken)
-    taken.add(operation["operationId"])
+    operation = _of_task(entry, described, "submit", taken)
     operation["summary"] = entry.name
     operation["description"] = entry.description
     needed = bool(arguments.get("required"))

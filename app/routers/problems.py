@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from app.core import errors
 from app.core.fields import field_errors
+from app.routers import methods
 from app.schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -137,12 +138,15 @@ def _within(pointer: str) -> str:
     return "/" + pointer.removeprefix("/").partition("/")[2]
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     title = HTTPStatus(error.status_code).phrase
     slug = title.lower().replace(" ", "-")
     details = {404: "There is nothing at this path", 405: "This path does not answer this method"}
     detail = details.get(error.status_code, title)
-    return render(status=error.status_code, slug=slug, title=title, detail=detail, headers=error.headers)
+    headers = error.headers
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = {"Allow": ", ".join(sorted(methods.allowed(request.app, request.url.path)))}
+    return render(status=error.status_code, slug=slug, title=title, detail=detail, headers=headers)
 
 
 async def _unexpected(_: Request, __: Exception) -> Response:

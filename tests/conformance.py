@@ -1,0 +1,113 @@
+"""The API against its own description: schemathesis, in all its phases and with all its checks.
+
+`make test-api` starts the whole service on servers of its own, has schemathesis
+make up requests from `/openapi.json`, right ones and wrong ones, alone and one
+after the other, and counts. A seed repeats what was made up. With `--url` it
+goes to a service that runs already, with `--key` under an API key.
+
+What the tasks of made-up requests would do to the machine is bounded: no URL
+may be called, and none gets much memory.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from app.dev import ports
+from tests.support import servers
+from tests.support.service import service
+from tests.support.waiting import wait_until
+
+CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
+CASES = 10_000
+PER_OPERATION = 250
+"""How many cases one run makes up for an operation in its fuzzing phase, at most."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until there were enough cases, and say what came of them; 1 if anything was found."""
+    options = _parser().parse_args(argv)
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
+    # So that a run that is told to end leaves no service behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    cases = 0
+    with tempfile.TemporaryDirectory(prefix="taskqueue-conformance-") as home, contextlib.ExitStack() as stack:
+        url = options.url or stack.enter_context(_running(Path(home)))
+        while cases < options.cases:
+            report = Path(home) / "report.json"
+            found = _schemathesis(url, options.key, seed, options.examples, report)
+            made = _cases(report)
+            cases += made
+            outcome = "something was found" if found else "nothing found"
+            sys.stdout.write(f"seed {seed}: {made} cases, {outcome}; {cases} in all\n")
+            sys.stdout.flush()
+            if found or not made:
+                return 1
+            seed += 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("--cases", type=int, default=CASES, help="how many at least (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of the first run; each further one has the next number")
+    parser.add_argument("--examples", type=int, default=PER_OPERATION, help="for an operation at most (%(default)s)")
+    parser.add_argument("--url", help="a service that runs already; one of its own unless given")
+    parser.add_argument("--key", help="an API key, for a service that asks for one")
+    return parser
+
+
+def _schemathesis(url: str, key: str | None, seed: int, examples: int, report: Path) -> int:
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIGURATION), "run", f"{url}/openapi.json",
+        "--phases", "examples,coverage,fuzzing,stateful", "--checks", "all", "--mode", "all",
+        "--seed", str(seed), "--max-examples", str(examples), "--generation-database", "none",
+        # No schema can say that a text has no NUL; that it is refused, tests of our own say.
+        "--generation-allow-x00", "false", "--request-timeout", "30", "--continue-on-failure",
+        "--report", "json", "--report-json-path", str(report),
+    ]  # fmt: skip
+    if key:
+        command += ["--header", f"Authorization: Bearer {key}"]
+    return subprocess.run(command, check=False).returncode
+
+
+def _cases(report: Path) -> int:
+    told: dict[str, Any] = json.loads(report.read_text())
+    return int(told["test_cases"]["generated"])
+
+
+@contextlib.contextmanager
+def _running(home: Path) -> Iterator[str]:
+    """The address of a whole service that nobody else uses."""
+    session = servers.SessionServers()
+    with contextlib.closing(session), servers.database(session.started().postgres) as database:
+        [port] = ports.free_ports(1)
+        environment = {
+            "DATABASE_URL": database,
+            "REDIS_URL": servers.with_database(session.started().redis, 0),
+            "PORT": str(port),
+            "TASKQUEUE_AUTH_MODE": "none",
+            "TASKQUEUE_SAMPLE_TASKS": "true",
+            "TASKQUEUE_METRICS_PORT": "0",
+            "TASKQUEUE_CONCURRENCY": "2",
+            "TASKQUEUE_TASK_MEMORY_MEBIBYTES": "256",
+            "TASKQUEUE_WEBHOOK_BLOCKED_CIDRS": "0.0.0.0/0,::/0",
+        }
+        with service(environment, home) as one:
+            assert one.run("migrate") == 0, one.logs()
+            one.start_all()
+            wait_until(one.ready, 30, "the service")
+            yield f"http://127.0.0.1:{port}"
+            assert all(process.running() for process in one.processes if process.command != "migrate"), one.logs()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -59,7 +59,7 @@ class RetryPolicy:
 
     Attributes:
         exceptions: names of those after which it does.
-        backoff_seconds: the wait before the first retry, doubled before each next one; None for none.
+        backoff_seconds: the wait before the first retry, doubled before each next one; None for Celery's 180 each.
         backoff_most_seconds: the longest such wait.
         jitter: each wait is drawn from zero to its value.
     """

@@ -149,7 +149,9 @@ class RetryRead(BaseModel):
     """When a task runs again by itself."""
 
     exceptions: list[str] = Field(description="Those after which it does. All others end it.")
-    backoff_seconds: float | None = Field(description="The wait before the first retry, doubled before each next one.")
+    backoff_seconds: float | None = Field(
+        description="The wait before the first retry, doubled before each next one; null: each waits 180 seconds."
+    )
     backoff_most_seconds: float = Field(description="The longest such wait.")
     jitter: bool = Field(description="Whether each wait is drawn from zero to its value.")
 

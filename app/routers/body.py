@@ -47,6 +47,10 @@ DIGITS_LIMIT = 4300
 _JSON_TYPE = re.compile(r"application/(json|[a-z0-9!#$&^_.+-]+\+json)", re.IGNORECASE)
 _CHARSET = re.compile(r"""charset\s*=\s*(utf-8|"utf-8")""", re.IGNORECASE)
 
+_TEXT_OR_COMMA = re.compile(r""""[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|,""", re.DOTALL)
+"""A text that does not end goes to the end of the body, so that looking for all of them takes one pass."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 Place = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
@@ -160,6 +164,8 @@ def _decoded(raw: bytes) -> str:
 
 
 def _parsed(text: str, limits: Limits) -> Any:
+    if text.count(",") > limits.items:
+        _count_commas(text, limits)
     try:
         return json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_int=_int, parse_constant=_constant)
     except json.JSONDecodeError as bad:
@@ -167,6 +173,22 @@ def _parsed(text: str, limits: Limits) -> Any:
         raise errors.MalformedBody(f"The body is not JSON: {bad.msg} ({where})") from None
     except RecursionError:
         raise _too_deep(limits) from None
+
+
+def _count_commas(text: str, limits: Limits) -> None:
+    """Refuse what has too many items without parsing them: others wait meanwhile.
+
+    A comma stands between two items, and an item has two texts at most, its name and itself.
+    """
+    commas = 0
+    for number, found in enumerate(_TEXT_OR_COMMA.finditer(text)):
+        commas += found[0] == ","
+        if commas > limits.items or number > 4 * limits.items:
+            raise _too_many(limits)
+
+
+def _too_many(limits: Limits) -> errors.MalformedBody:
+    return errors.MalformedBody(f"The body must not have more than {limits.items} members and elements")
 
 
 def _too_deep(limits: Limits) -> errors.MalformedBody:
@@ -218,7 +240,7 @@ def check(body: Any, limits: Limits = LIMITS) -> None:
         elif isinstance(value, dict | list):
             items += len(value)
             if items > limits.items:
-                raise errors.MalformedBody(f"The body must not have more than {limits.items} members and elements")
+                raise _too_many(limits)
             if len(place) >= limits.depth:
                 raise _too_deep(limits)
             waiting.extend((child, (*place, name)) for name, child in _children(value, place))
@@ -239,7 +261,7 @@ def _children(value: dict[str, Any] | list[Any], place: Place) -> Iterable[tuple
 def _check_text(text: str, place: Place, what: str) -> None:
     if "\x00" in text:
         raise errors.ValidationFailed([FieldError(errors.pointer(*place), f"{what} must not hold NUL")])
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and _SURROGATE.search(text):
         sentence = f"{what} must not hold half a surrogate pair"
         raise errors.ValidationFailed([FieldError(errors.pointer(*place), sentence)])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -162,6 +163,25 @@ async def test_the_number_of_items_is_bounded() -> None:
     assert (await read(json.dumps({"a": [0] * most}))).value
     assert (await refused(json.dumps({"a": [0] * (most + 1)}))).status == 400
     assert (await refused(json.dumps({"a": [[0] * 10] * (most // 10)}))).status == 400
+
+
+async def test_commas_in_texts_are_no_items() -> None:
+    text = '\\",' * body.LIMITS.items
+    raw = json.dumps({"a": [text, {"b": text}], text: 1})
+    assert (await read(raw)).value == json.loads(raw)
+    assert (await refused(json.dumps({"a": [text, *[0] * body.LIMITS.items]}))).status == 400
+
+
+@pytest.mark.parametrize(
+    "item", ["[],", "1,", '{"a":1},', '"",', '"a":1,', '\\",', '"\\', '""', ",", '"' + "," * 9], ids=repr
+)
+async def test_a_body_of_a_million_items_is_refused_before_it_is_parsed(item: str) -> None:
+    raw = f"[{item * (body.BATCH_LIMITS.size_bytes // len(item))}"[: body.BATCH_LIMITS.size_bytes]
+    began = time.process_time()
+    with pytest.raises(errors.RequestError) as raised:
+        await body.read(request_of([raw.encode()], {"content-type": JSON}), body.BATCH_LIMITS)
+    assert raised.value.status == 400
+    assert time.process_time() - began < 1.0
 
 
 async def test_the_longest_integer_passes() -> None:

@@ -12,6 +12,7 @@ may be called, and none gets much memory.
 import argparse
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any
 
 from app.dev import ports
 from tests.support import servers
-from tests.support.service import service
+from tests.support.service import ROOT, service
 from tests.support.waiting import wait_until
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
@@ -76,7 +77,9 @@ def _schemathesis(url: str, key: str | None, seed: int, examples: int, report: P
     ]  # fmt: skip
     if key:
         command += ["--header", f"Authorization: Bearer {key}"]
-    return subprocess.run(command, check=False).returncode
+    # Its caches go where the report goes, and with it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, check=False, cwd=report.parent, env=environment).returncode
 
 
 def _cases(report: Path) -> int:

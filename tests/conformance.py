@@ -29,7 +29,7 @@ from tests.support.waiting import wait_until
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
 CASES = 10_000
-PER_OPERATION = 250
+PER_OPERATION = 280
 """How many cases one run makes up for an operation in its fuzzing phase, at most."""
 
 

@@ -393,7 +393,9 @@ class Redelivered(BaseModel):
 class SecretRequest(BaseModel):
     """A secret to sign webhooks with. Nothing at all makes a new `whsec_…`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": [{}, {"kind": "ed25519"}]}
+    )
 
     kind: Literal["hmac", "ed25519"] | None = Field(
         None, description="`hmac` (unless given) makes a `whsec_…`, `ed25519` a pair. Not with `secret`."

@@ -1,13 +1,13 @@
 """Remember submits by their Idempotency-Key, and tasks that are to be the only ones of their kind.
 
-Revision: 0013, after 0011.
+Revision: 0013, after 0012.
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0013"
-down_revision = "0011"
+down_revision = "0012"
 branch_labels = None
 depends_on = None
 

@@ -99,7 +99,7 @@ def _takes(name: str) -> Callable[[int], None]:
 
 
 def unresolved(schema: dict[str, Any]) -> list[str]:
-    known = {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
+    known = {f"#/components/{kind}/{name}" for kind, parts in schema["components"].items() for name in parts}
     return sorted(set(references(schema)) - known)
 
 

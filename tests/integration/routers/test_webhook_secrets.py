@@ -190,7 +190,8 @@ async def test_openapi_says_what_the_new_routes_answer(api: httpx.AsyncClient) -
     schema = (await api.get("/openapi.json")).json()
     made_with = schema["paths"][f"{SECRETS}/rotate"]["post"]
     assert set(made_with["responses"]) == {"201", "400", "401", "403", "409", "413", "415", "422", "429", "503"}
-    assert "grace_seconds" in str(made_with["requestBody"])
+    assert "RotateRequest" in str(made_with["requestBody"])
+    assert "grace_seconds" in schema["components"]["schemas"]["RotateRequest"]["properties"]
     revoked = schema["paths"][SECRETS + "/{id}"]["delete"]
     assert set(revoked["responses"]) == {"204", "401", "403", "404", "422", "429", "503"}
     test = schema["paths"]["/api/webhooks/test"]["post"]["responses"]

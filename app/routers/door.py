@@ -146,18 +146,23 @@ class Door:
         allowed = self._allowed[budget]
         if not allowed:
             return Caller(holder.owner, holder.scopes)
-        spend = partial(self._spend, request, holder.key_id, budget, allowed)
-        spend(1)
-        return Caller(holder.owner, holder.scopes, spend)
+        self._spend(request, holder.key_id, budget, allowed, 1)
+        more = partial(self._spend_more, request, holder.key_id, budget, allowed)
+        return Caller(holder.owner, holder.scopes, more)
 
-    def _spend(self, request: Request, key_id: str, budget: str, allowed: int, units: int) -> None:
+    def _spend_more(self, request: Request, key_id: str, budget: str, allowed: int, units: int) -> None:
+        # The request has taken one already, and does so again when it comes back: what it asks for must fit beside
+        # that, and be there beside that when it is told to come back.
+        self._spend(request, key_id, budget, allowed, min(units, allowed - 1), beside=1)
+
+    def _spend(self, request: Request, key_id: str, budget: str, allowed: int, units: int, *, beside: int = 0) -> None:
         answer = self._spent.take((key_id, budget), allowed, units)
         request.scope["state"]["quota"] = (budget, allowed, answer)
         if not answer.granted:
             metrics.turned_away("quota")
             raise errors.QuotaExceeded(
                 f"The budget of this key for {budget} requests is spent; try again later",
-                retry_after_seconds=max(1, math.ceil(answer.wait_seconds)),
+                retry_after_seconds=math.ceil(answer.wait_seconds + beside * allowances.WINDOW_SECONDS / allowed),
             )
 
     async def _holder(self, request: Request) -> Holder:

@@ -78,6 +78,7 @@ async def submit_batch(
     with metrics.counting_rejections():
         posted = await body.read(request, body.BATCH_LIMITS)
         wanted = body.parsed(posted, schemas.BatchRequest)
+        caller.spend(len(wanted.tasks) - 1)
         key = admission.key_of(request, caller, posted.value)
         accepted = await admission.accept(request, state, caller, wanted.tasks, key=key, place=_in_batch)
     accepted.tell(response)

@@ -405,6 +405,24 @@ async def test_a_request_that_is_worth_many_takes_as_many(db: Database, door_set
     door.Caller("").spend(1_000_000)  # Where nobody asks who calls, nobody counts.
 
 
+async def test_a_batch_takes_as_many_as_it_has_tasks(db: Database, door_settings: Settings, serve: Serve) -> None:
+    async with serve(door_settings.model_copy(update={"rate_limit_submit": 10})) as api:
+
+        async def batch(tasks: int) -> httpx.Response:
+            return await api.post("/api/tasks/batch", json={"tasks": [{}] * tasks}, headers=headers)
+
+        headers = shown(await key_of(db, "ada"))
+        assert (spent(await batch(1))[1], spent(await batch(5))[1]) == (9, 4)
+        refused = await batch(5)
+        assert_problem(refused, 429)
+        assert 6 <= int(refused.headers["retry-after"]) <= 18, "two more, one of which was taken in vain"
+        assert await db.fetchval("SELECT count(*) FROM task") == 6
+
+        headers = shown(await key_of(db, "bob"))
+        assert (await batch(50)).status_code == 202, "more than ever fits needs a full budget"
+        assert_problem(await batch(1), 429)
+
+
 # Whoever tries keys
 
 

@@ -390,11 +390,20 @@ class Redelivered(BaseModel):
     next_cursor: str | None = Field(description="Ask again with it; null if all were looked at.")
 
 
+_BOTH_KIND_AND_SECRET: dict[str, Any] = {
+    "required": ["kind", "secret"],
+    "properties": {"kind": {"type": "string"}, "secret": {"type": "string"}},
+}
+
+
 class SecretRequest(BaseModel):
     """A secret to sign webhooks with. Nothing at all makes a new `whsec_…`."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, json_schema_extra={"examples": [{}, {"kind": "ed25519"}]}
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"examples": [{}, {"kind": "ed25519"}], "not": _BOTH_KIND_AND_SECRET},
     )
 
     kind: Literal["hmac", "ed25519"] | None = Field(
@@ -415,7 +424,9 @@ class SecretRequest(BaseModel):
 class RotateRequest(SecretRequest):
     """A secret that takes over."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"grace_seconds": 604_800}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"grace_seconds": 604_800}], "not": _BOTH_KIND_AND_SECRET}
+    )
 
     grace_seconds: int = Field(
         limits.DAY_SECONDS,

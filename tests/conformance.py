@@ -2,8 +2,8 @@
 
 `make test-api` starts the whole service on servers of its own, has schemathesis
 make up requests from `/openapi.json`, right ones and wrong ones, alone and one
-after the other, and counts. A seed repeats what was made up. With `--url` it
-goes to a service that runs already, with `--key` under an API key.
+after the other, and counts. A seed repeats what was made up. The service
+asks for API keys; `--url` goes to one that runs already, with the `--key` given.
 
 What the tasks of made-up requests would do to the machine is bounded: no URL
 may be called, and none gets much memory.
@@ -14,20 +14,23 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from app.core.scopes import Scope
 from app.dev import ports
 from tests.support import servers
 from tests.support.service import ROOT, service
 from tests.support.waiting import wait_until
 
 CONFIGURATION = Path(__file__).with_name("schemathesis.toml")
+RATES = [f"TASKQUEUE_RATE_LIMIT_{budget}" for budget in ("SUBMIT", "POLL", "WEBHOOKS")]
 CASES = 10_000
 PER_OPERATION = 280
 """How many cases one run makes up for an operation in its fuzzing phase, at most."""
@@ -41,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     cases = 0
     with tempfile.TemporaryDirectory(prefix="taskqueue-conformance-") as home, contextlib.ExitStack() as stack:
-        url = options.url or stack.enter_context(_running(Path(home)))
+        url, key = (options.url, options.key) if options.url else stack.enter_context(_running(Path(home)))
         while cases < options.cases:
             report = Path(home) / "report.json"
-            found = _schemathesis(url, options.key, seed, options.examples, report)
+            found = _schemathesis(url, key, seed, options.examples, report)
             made = _cases(report)
             cases += made
             outcome = "something was found" if found else "nothing found"
@@ -88,8 +91,8 @@ def _cases(report: Path) -> int:
 
 
 @contextlib.contextmanager
-def _running(home: Path) -> Iterator[str]:
-    """The address of a whole service that nobody else uses."""
+def _running(home: Path) -> Iterator[tuple[str, str]]:
+    """The address of a whole service that nobody else uses, and a key that opens all of it."""
     session = servers.SessionServers()
     with contextlib.closing(session), servers.database(session.started().postgres) as database:
         [port] = ports.free_ports(1)
@@ -97,7 +100,9 @@ def _running(home: Path) -> Iterator[str]:
             "DATABASE_URL": database,
             "REDIS_URL": servers.with_database(session.started().redis, 0),
             "PORT": str(port),
-            "TASKQUEUE_AUTH_MODE": "none",
+            "TASKQUEUE_AUTH_MODE": "api-key",
+            "TASKQUEUE_SECRET_KEY": secrets.token_hex(32),
+            **dict.fromkeys(RATES, "0"),
             "TASKQUEUE_SAMPLE_TASKS": "true",
             "TASKQUEUE_METRICS_PORT": "0",
             "TASKQUEUE_CONCURRENCY": "2",
@@ -108,8 +113,20 @@ def _running(home: Path) -> Iterator[str]:
             assert one.run("migrate") == 0, one.logs()
             one.start_all()
             wait_until(one.ready, 30, "the service")
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", _key(environment)
             assert all(process.running() for process in one.processes if process.command != "migrate"), one.logs()
+
+
+def _key(environment: Mapping[str, str]) -> str:
+    scopes = [f"--scope={scope}" for scope in Scope]
+    made = subprocess.run(
+        [sys.executable, "-m", "app.cli", "keys", "create", "--owner", "schemathesis", "--json", *scopes],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return str(json.loads(made.stdout)["key"])
 
 
 if __name__ == "__main__":

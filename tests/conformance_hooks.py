@@ -11,6 +11,7 @@ import schemathesis
 
 _numbers = itertools.count()
 _WEBHOOK_URL = "https://example.com/hook"
+_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 _MOMENT = "2026-01-31T12:00:00Z"
 
 
@@ -20,22 +21,32 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case[Any], kwarg
     del kwargs
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
-    if case.headers is not None and "Idempotency-Key" in case.headers:
-        case.headers["Idempotency-Key"] = f"{next(_numbers)}-{case.id}"
-    if case.headers is not None and "Webhook-URL" in case.headers:
-        case.headers["Webhook-URL"] = _WEBHOOK_URL
-    if case.path.startswith("/api/catalog/") and case.query:
-        _fit(case.query, has_webhook=bool(case.headers) and "Webhook-URL" in case.headers)
     if case.path == "/api/catalog/{name}" and case.method == "POST":
         # What the arguments of this one are nobody can know; each task's own path says so.
         case.path_parameters, case.body = {"name": "sample.echo"}, {"value": 1}
+    headers = case.headers if case.headers is not None else {}
+    if "Idempotency-Key" in headers:
+        headers["Idempotency-Key"] = f"{next(_numbers)}-{case.id}"
+    if "Webhook-URL" in headers:
+        headers["Webhook-URL"] = _WEBHOOK_URL
+    if case.path.startswith("/api/catalog/") and case.query:
+        _fit(case.query, has_webhook="Webhook-URL" in headers)
     if isinstance(case.body, dict):
-        for one in _submits(case.path, case.body):
-            _fit(one, has_webhook=one.get("webhook_url") is not None)
-            _fit_call(one)
-        if case.path == "/api/webhooks/redeliver":
-            _fit_moments(case.body, "since", "until")
+        _fit_body(case.path, case.body)
         case.body = _whole(case.body)
+
+
+def _fit_body(path: str, body: dict[str, Any]) -> None:
+    for one in _submits(path, body):
+        _fit(one, has_webhook=one.get("webhook_url") is not None)
+        _fit_call(one)
+    if path == "/api/webhooks/redeliver":
+        _fit_moments(body, "since", "until")
+    if path == "/api/webhooks/test":
+        body["url"] = _WEBHOOK_URL
+    if path.startswith("/api/webhooks/secrets") and body.get("secret") is not None:
+        body["secret"] = _SECRET
+        body.pop("kind", None)
 
 
 def _whole(value: Any) -> Any:

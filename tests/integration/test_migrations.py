@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -20,6 +21,7 @@ from tests.conftest import settings_for
 from tests.support import schema
 from tests.support.proxy import proxied
 from tests.support.servers import apart
+from tests.support.waiting import until
 
 
 def migrate(settings: Settings, revision: str = "head") -> None:
@@ -203,6 +205,67 @@ async def test_a_lock_that_cannot_be_had_fails_the_migration_instead_of_stopping
                 await asyncio.to_thread(migrations.migrate, settings_for(postgres_url, redis_url), revision="base")
     finally:
         await holder.close()
+
+
+async def test_an_index_that_could_not_be_finished_is_made_by_the_next_try(
+    empty_postgres_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_TIMEOUT_SECONDS", 0.1)
+    settings = settings_for(empty_postgres_url, redis_url)
+    migrate(settings, "0004")
+    backup, onlooker = await asyncpg.connect(empty_postgres_url), await asyncpg.connect(empty_postgres_url)
+    try:
+        async with backup.transaction(isolation="repeatable_read"):
+            await backup.execute("SELECT FROM alembic_version")
+            migrating = asyncio.create_task(asyncio.to_thread(migrations.migrate, settings, revision="0005"))
+            # Longer than anything else may wait for a lock.
+            waiting = await until(
+                lambda: onlooker.fetchval(
+                    "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                    " AND query LIKE 'CREATE INDEX CONCURRENTLY%' AND now() - query_start > interval '0.3 s'"
+                ),
+                what="the index that waits for a backup",
+            )
+            await onlooker.execute("SELECT pg_cancel_backend($1)", waiting)
+            with pytest.raises(errors.DatabaseUnavailable, match="canceling statement"):
+                await migrating
+        whole = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'webhook_delivery_created'::regclass"
+        assert await onlooker.fetchval(whole) is False, "the column is there, the index is not, nor the revision"
+
+        migrate(settings, "0005")
+        assert await onlooker.fetchval(whole) is True
+        assert await onlooker.fetchval("SELECT version_num FROM alembic_version") == "0005"
+    finally:
+        await backup.close()
+        await onlooker.close()
+
+
+async def test_a_revision_that_ended_before_its_number_was_written_can_run_again(
+    empty_postgres_url: str, redis_url: str
+) -> None:
+    settings = settings_for(empty_postgres_url, redis_url)
+    connection = await asyncpg.connect(empty_postgres_url)
+    try:
+        for revision in migrations.revisions():
+            migrate(settings, revision.revision)
+            # The others are one transaction each.
+            if hasattr(revision.module, "steps"):
+                before = await schema.look(connection)
+                await connection.execute("UPDATE alembic_version SET version_num = $1", revision.down_revision)
+                migrate(settings, revision.revision)
+                assert await schema.look(connection) == before, revision.revision
+        broken = await connection.fetch("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")
+        assert broken == []
+    finally:
+        await connection.close()
+    assert await _difference(empty_postgres_url) == []
+
+
+def test_every_revision_that_leaves_its_transaction_can_be_made_again() -> None:
+    for revision in migrations.revisions():
+        written = Path(revision.path).read_text()
+        assert "autocommit_block" not in written, f"{revision.revision}: see app/migrations/steps.py"
+        assert "concurrently=True" not in written, f"{revision.revision}: see app/migrations/steps.py"
 
 
 def test_a_database_that_is_newer_than_this_release_is_left_alone(postgres_url: str, redis_url: str) -> None:

@@ -6,6 +6,8 @@ Revision: 0005, after 0004.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -16,16 +18,9 @@ def upgrade() -> None:
     op.add_column(
         "webhook_delivery",
         sa.Column("earlier_attempts", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        if_not_exists=True,
     )
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_created",
-            "webhook_delivery",
-            ["created_at", "id"],
-            unique=False,
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
+    steps.create_index_concurrently("webhook_delivery_created", "webhook_delivery", ["created_at", "id"])
 
 
 def downgrade() -> None:

@@ -7,6 +7,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
+from app.migrations import steps
+
 revision = "0006"
 down_revision = "0005"
 branch_labels = None
@@ -14,17 +16,19 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("task", sa.Column("webhook_events", postgresql.ARRAY(sa.Text()), nullable=True))
-    op.add_column("task", sa.Column("event_sequence", sa.Integer(), server_default=sa.text("0"), nullable=False))
-    op.execute(
-        "ALTER TABLE task ADD CONSTRAINT task_webhook_events_known CHECK (webhook_events <@"
-        " ARRAY['task.failed', 'task.retrying', 'task.revoked', 'task.started', 'task.succeeded']) NOT VALID"
+    op.add_column("task", sa.Column("webhook_events", postgresql.ARRAY(sa.Text()), nullable=True), if_not_exists=True)
+    op.add_column(
+        "task",
+        sa.Column("event_sequence", sa.Integer(), server_default=sa.text("0"), nullable=False),
+        if_not_exists=True,
     )
-    op.add_column("webhook_delivery", sa.Column("facts", sa.Text(), nullable=True))
-    op.add_column("webhook_delivery", sa.Column("outcome", sa.Text(), nullable=True))
-    # The rows that are there are looked at without the lock that the CHECK itself took.
-    with op.get_context().autocommit_block():
-        op.execute("ALTER TABLE task VALIDATE CONSTRAINT task_webhook_events_known")
+    op.add_column("webhook_delivery", sa.Column("facts", sa.Text(), nullable=True), if_not_exists=True)
+    op.add_column("webhook_delivery", sa.Column("outcome", sa.Text(), nullable=True), if_not_exists=True)
+    steps.add_check(
+        "task",
+        "task_webhook_events_known",
+        "webhook_events <@ ARRAY['task.failed', 'task.retrying', 'task.revoked', 'task.started', 'task.succeeded']",
+    )
 
 
 def downgrade() -> None:

@@ -6,6 +6,8 @@ Revision: 0007, after 0006.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0007"
 down_revision = "0006"
 branch_labels = None
@@ -13,27 +15,14 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.execute(sa.schema.CreateSequence(sa.Sequence("event_position")))
-    op.add_column("webhook_delivery", sa.Column("position", sa.BigInteger(), nullable=True))
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_position",
-            "webhook_delivery",
-            ["position"],
-            unique=False,
-            postgresql_where=sa.text("position IS NOT NULL"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
-        op.create_index(
-            "webhook_delivery_unnumbered",
-            "webhook_delivery",
-            ["created_at", "sequence"],
-            unique=False,
-            postgresql_where=sa.text("position IS NULL"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
+    op.execute(sa.schema.CreateSequence(sa.Sequence("event_position"), if_not_exists=True))
+    op.add_column("webhook_delivery", sa.Column("position", sa.BigInteger(), nullable=True), if_not_exists=True)
+    steps.create_index_concurrently(
+        "webhook_delivery_position", "webhook_delivery", ["position"], where="position IS NOT NULL"
+    )
+    steps.create_index_concurrently(
+        "webhook_delivery_unnumbered", "webhook_delivery", ["created_at", "sequence"], where="position IS NULL"
+    )
 
 
 def downgrade() -> None:

@@ -6,6 +6,8 @@ Revision: 0008, after 0007.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0008"
 down_revision = "0007"
 branch_labels = None
@@ -13,17 +15,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("webhook_delivery", sa.Column("origin", sa.Text(), nullable=True))
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_origin",
-            "webhook_delivery",
-            ["origin", "next_at"],
-            unique=False,
-            postgresql_where=sa.text("status = 'pending'"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
+    op.add_column("webhook_delivery", sa.Column("origin", sa.Text(), nullable=True), if_not_exists=True)
+    steps.create_index_concurrently(
+        "webhook_delivery_origin", "webhook_delivery", ["origin", "next_at"], where="status = 'pending'"
+    )
 
 
 def downgrade() -> None:

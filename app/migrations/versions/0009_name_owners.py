@@ -6,6 +6,8 @@ Revision: 0009, after 0008.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0009"
 down_revision = "0008"
 branch_labels = None
@@ -18,18 +20,16 @@ unused_since = {
 
 def upgrade() -> None:
     for table in ("task", "webhook_delivery"):
-        op.add_column(table, sa.Column("owner", sa.Text(), server_default=sa.text("''"), nullable=False))
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_receiver",
-            "webhook_delivery",
-            ["owner", "origin", "next_at"],
-            unique=False,
-            postgresql_where=sa.text("status = 'pending' AND origin IS NOT NULL"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
+        op.add_column(
+            table, sa.Column("owner", sa.Text(), server_default=sa.text("''"), nullable=False), if_not_exists=True
         )
-        op.drop_index("webhook_delivery_origin", postgresql_concurrently=True, if_exists=True)
+    steps.create_index_concurrently(
+        "webhook_delivery_receiver",
+        "webhook_delivery",
+        ["owner", "origin", "next_at"],
+        where="status = 'pending' AND origin IS NOT NULL",
+    )
+    steps.drop_index_concurrently("webhook_delivery_origin")
 
 
 def downgrade() -> None:

@@ -9,6 +9,8 @@ Revision: 0010, after 0009.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0010"
 down_revision = "0009"
 branch_labels = None
@@ -20,17 +22,11 @@ def upgrade() -> None:
     op.add_column(
         "webhook_delivery",
         sa.Column("scheduled_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        if_not_exists=True,
     )
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_nameless",
-            "webhook_delivery",
-            ["next_at"],
-            unique=False,
-            postgresql_where=sa.text("status = 'pending' AND origin IS NULL"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
+    steps.create_index_concurrently(
+        "webhook_delivery_nameless", "webhook_delivery", ["next_at"], where="status = 'pending' AND origin IS NULL"
+    )
 
 
 def downgrade() -> None:

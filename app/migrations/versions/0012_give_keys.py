@@ -6,6 +6,8 @@ Revision: 0012, after 0011.
 import sqlalchemy as sa
 from alembic import op
 
+from app.migrations import steps
+
 revision = "0012"
 down_revision = "0011"
 branch_labels = None
@@ -38,28 +40,19 @@ def upgrade() -> None:
             name="api_key_scopes_known",
         ),
         sa.PrimaryKeyConstraint("id"),
+        if_not_exists=True,
     )
-    op.add_column("task_tombstone", sa.Column("owner", sa.Text(), server_default=sa.text("''"), nullable=False))
-    with op.get_context().autocommit_block():
-        op.create_index(
-            "webhook_delivery_happened",
-            "webhook_delivery",
-            ["owner", "created_at", "id"],
-            unique=False,
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
-        op.create_index(
-            "webhook_delivery_line",
-            "webhook_delivery",
-            ["owner", "position"],
-            unique=False,
-            postgresql_where=sa.text("position IS NOT NULL"),
-            postgresql_concurrently=True,
-            if_not_exists=True,
-        )
-        op.drop_index("webhook_delivery_created", postgresql_concurrently=True, if_exists=True)
-        op.drop_index("webhook_delivery_position", postgresql_concurrently=True, if_exists=True)
+    op.add_column(
+        "task_tombstone",
+        sa.Column("owner", sa.Text(), server_default=sa.text("''"), nullable=False),
+        if_not_exists=True,
+    )
+    steps.create_index_concurrently("webhook_delivery_happened", "webhook_delivery", ["owner", "created_at", "id"])
+    steps.create_index_concurrently(
+        "webhook_delivery_line", "webhook_delivery", ["owner", "position"], where="position IS NOT NULL"
+    )
+    steps.drop_index_concurrently("webhook_delivery_created")
+    steps.drop_index_concurrently("webhook_delivery_position")
 
 
 def downgrade() -> None:

@@ -31,8 +31,8 @@ minutes, as by all that waited while no relay ran, loses none."""
 
 _FAILURES = frozenset(
     {
-        Outcome.TIMEOUT, Outcome.CONNECT_ERROR, Outcome.TLS_ERROR, Outcome.DNS_ERROR, Outcome.HTTP_5XX,
-        Outcome.HTTP_429,
+        Outcome.TIMEOUT, Outcome.CONNECT_ERROR, Outcome.TLS_ERROR, Outcome.DNS_ERROR,
+        Outcome.DNS_UNANSWERED, Outcome.HTTP_5XX, Outcome.HTTP_429,
     }
 )  # fmt: skip
 _SILENT = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL, Outcome.LOCAL_FAULT, Outcome.SECRET_UNREADABLE})

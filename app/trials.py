@@ -91,6 +91,8 @@ _ADVICE = {
     Outcome.CONNECT_ERROR: "No HTTP answer came: see whether the receiver runs, and whether its port is open to us",
     Outcome.TLS_ERROR: "TLS failed: the certificate must be of a public authority, for this name, and valid now",
     Outcome.DNS_ERROR: "The host has no address: look for a typing error in its name, or make its DNS record",
+    Outcome.DNS_UNANSWERED: "No name server answered for the host: see whether those of its domain do; if they do, the "
+    "fault is ours",
     Outcome.BLOCKED: "The host leads to a private or special address: name a public one, or ask whoever runs this "
     "service to put the origin into TASKQUEUE_WEBHOOK_ALLOWED_ORIGINS",
     Outcome.INVALID_URL: "The URL can't be called: see which ones can in the guide for receivers",

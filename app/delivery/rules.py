@@ -15,6 +15,7 @@ HOPELESS = frozenset({Outcome.BLOCKED, Outcome.INVALID_URL})
 """What no second attempt changes; the user has to."""
 LOCAL_FAULT_SECONDS = 60.0
 """The wait after a fault of our own network, which is not spread over days as a receiver's outage is."""
+_PERHAPS_OURS = frozenset({Outcome.LOCAL_FAULT, Outcome.DNS_UNANSWERED})
 LATE_SECONDS = 86_400.0
 """How much longer than its schedule a delivery waits for a receiver that nothing is sent to."""
 _WEARY = frozenset({Outcome.HTTP_429, Outcome.TIMEOUT})
@@ -42,9 +43,10 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     none. Everything else, a redirect included, is tried again while the schedule
     lasts, and `Retry-After` can only lengthen the wait.
 
-    A fault of our own network spends no attempt. So that one which never ends, as
-    of an address that we have no route to, does not keep a delivery for ever, it
-    counts like any other once the whole schedule could be over. A secret
+    A fault of our own network spends no attempt, nor do name servers that don't
+    answer: they may be ours. So that one which never ends, as of an address that we
+    have no route to, does not keep a delivery for ever, it counts like any other
+    once the whole schedule could be over. A secret
     that can't be read is ours to repair, however long that takes: nothing was asked
     of the receiver.
 
@@ -56,7 +58,7 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     """
     if receipt.outcome is Outcome.SUCCESS:
         return Verdict(DeliveryStatus.DELIVERED)
-    if receipt.outcome is Outcome.LOCAL_FAULT and age_seconds < max(sum(schedule), LOCAL_FAULT_SECONDS):
+    if receipt.outcome in _PERHAPS_OURS and age_seconds < max(sum(schedule), LOCAL_FAULT_SECONDS):
         return Verdict(DeliveryStatus.PENDING, backoff.spread(LOCAL_FAULT_SECONDS), spends=False)
     if receipt.outcome is Outcome.SECRET_UNREADABLE:
         return Verdict(DeliveryStatus.PENDING, backoff.spread(LOCAL_FAULT_SECONDS), spends=False)

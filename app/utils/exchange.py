@@ -33,11 +33,13 @@ class Outcome(StrEnum):
     """No connection, or one that broke or spoke no HTTP."""
     TLS_ERROR = "tls_error"
     DNS_ERROR = "dns_error"
+    DNS_UNANSWERED = "dns_unanswered"
+    """No name server answered for the host. Its own may be dead, or those that we ask."""
     BLOCKED = "blocked"
     """The rules refuse the URL or an address of its host; nothing was sent."""
     INVALID_URL = "invalid_url"
     LOCAL_FAULT = "local_fault"
-    """Our own side failed: no route, no name server, no socket left. It says nothing about the receiver."""
+    """Our own side failed: no route, no socket left. It says nothing about the receiver."""
     SECRET_UNREADABLE = "secret_unreadable"  # noqa: S105  # a word, and no password
     """A secret that should sign it can't be read; nothing was sent."""
 
@@ -120,6 +122,7 @@ _OUR_FAULTS = frozenset(
 
 _WORDS: tuple[tuple[tuple[type[BaseException], ...], Outcome], ...] = (
     ((pinned.Blocked, guard.ForbiddenUrlError), Outcome.BLOCKED),
+    ((pinned.Unanswered,), Outcome.DNS_UNANSWERED),
     ((pinned.Unresolvable,), Outcome.DNS_ERROR),
     ((ssl.SSLError,), Outcome.TLS_ERROR),
     ((TimeoutError, httpx.TimeoutException, httpcore.TimeoutException), Outcome.TIMEOUT),

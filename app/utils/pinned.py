@@ -22,7 +22,9 @@ from app.utils import guard
 CONNECT_SECONDS = 5.0
 """Seconds for a TCP connection, and as many for the TLS handshake after it."""
 RESOLVE_SECONDS = 5.0
-RESOLVE_THREADS = 16
+RESOLVE_THREADS = 64
+"""Look-ups at once. A thread that waits costs some kilobytes, and one whose name servers are dead waits for 10 s and
+more, whatever our own deadline: few dead hosts must not take them all."""
 
 
 class Blocked(httpcore.ConnectError):
@@ -33,11 +35,13 @@ class Unresolvable(httpcore.ConnectError):
     """The host has no address, or the resolver did not name one in time."""
 
 
+class Unanswered(Unresolvable):
+    """No name server answered for the host: its own may be dead, or ours."""
+
+
 class ResolverAway(Unresolvable):
-    """The resolver gave no answer: nothing is known about the host."""
+    """Nobody could be asked: nothing is known about the host."""
 
-
-_NO_ANSWER = frozenset({socket.EAI_AGAIN, socket.EAI_SYSTEM})
 
 Lookup = Callable[[str, int], Sequence[str]]
 """A blocking look-up: host and port to address texts. `OSError` if there are none."""
@@ -49,11 +53,44 @@ def system_lookup(host: str, port: int) -> Sequence[str]:
     return [str(sockaddr[0]) for *_, sockaddr in found]
 
 
+class _Asked:
+    """A look-up under way, for all that want the same name at once."""
+
+    def __init__(self, executor: ThreadPoolExecutor, lookup: Lookup, host: str, port: int) -> None:
+        self.began = False
+        self.waiting = 0
+        self._job = executor.submit(self._run, lookup, host, port)
+        self.answer = asyncio.wrap_future(self._job)
+
+    def _run(self, lookup: Lookup, host: str, port: int) -> Sequence[str]:
+        self.began = True
+        return lookup(host, port)
+
+    async def wait(self, timeout_seconds: float) -> None:
+        """Return once there is an answer, or none in time. What nobody waits for any more does not begin."""
+        self.waiting += 1
+        try:
+            await asyncio.wait({self.answer}, timeout=timeout_seconds)
+        finally:
+            self.waiting -= 1
+            if not self.waiting:
+                self._job.cancel()
+
+    def leave(self) -> None:
+        """Let those that wait go, unless their loop has ended, and they with it."""
+        if not self.answer.get_loop().is_closed():
+            self.answer.cancel()
+
+
 class Resolver:
-    """Names to addresses, on a few threads of its own and with a deadline.
+    """Names to addresses, on threads of its own and with a deadline.
 
     A look-up can't be interrupted. On the loop's default executor a dead name
-    server would hold up everything else there, and `asyncio.run` at its end.
+    server would hold up everything else there, and `asyncio.run` at its end. So
+    that it does not hold up everything here, all that want one host share one
+    look-up, and with it one thread, however long that takes.
+
+    It belongs to the event loop that it is first used on.
     """
 
     def __init__(
@@ -66,31 +103,58 @@ class Resolver:
         self._lookup = lookup
         self._timeout_seconds = timeout_seconds
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="resolver")
+        self._asked: dict[tuple[str, int], _Asked] = {}
 
     async def resolve(self, host: str, port: int) -> tuple[guard.IPAddress, ...]:
         """Every address of the host, from one look-up.
 
         Raises:
-            ResolverAway: if the resolver does not answer, or not in time.
+            ResolverAway: if the name could not be asked for: every thread is taken, or the system fails.
+            Unanswered: if no name server answers, or not in time.
             Unresolvable: if there is none.
         """
-        job = asyncio.get_running_loop().run_in_executor(self._executor, self._lookup, host, port)
+        asked = self._ask(host, port)
+        await asked.wait(self._timeout_seconds)
+        if not asked.began or asked.answer.cancelled():
+            raise ResolverAway("the resolver has too much to do")
+        if not asked.answer.done():
+            raise Unanswered("no name server answered in time")
         try:
-            found = await asyncio.wait_for(job, self._timeout_seconds)
-            addresses = tuple(dict.fromkeys(ip_address(text) for text in found))
-        except TimeoutError:
-            raise ResolverAway("the resolver did not answer in time") from None
+            addresses = tuple(dict.fromkeys(ip_address(text) for text in asked.answer.result()))
         except (OSError, ValueError) as error:
-            if isinstance(error, socket.gaierror) and error.errno in _NO_ANSWER:
-                raise ResolverAway("the resolver did not answer") from error
-            raise Unresolvable("the host has no address") from error
+            raise _meaning(error) from error
         if not addresses:
             raise Unresolvable("the host has no address")
         return addresses
 
+    def _ask(self, host: str, port: int) -> _Asked:
+        """The look-up of this name that is under way, or a new one."""
+        asked = self._asked.get((host, port))
+        if asked is None:
+            asked = self._asked[host, port] = _Asked(self._executor, self._lookup, host, port)
+            asked.answer.add_done_callback(lambda answer: self._forget(host, port, answer))
+        return asked
+
+    def _forget(self, host: str, port: int, answer: asyncio.Future[Sequence[str]]) -> None:
+        self._asked.pop((host, port), None)
+        if not answer.cancelled():
+            answer.exception()  # Nobody may be waiting for it any more, and asyncio would complain.
+
     def close(self) -> None:
         """Take no more names. Look-ups under way end by themselves; nobody waits for them."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        for asked in self._asked.values():
+            asked.leave()
+
+
+def _meaning(error: Exception) -> Unresolvable:
+    """What the failure of a look-up says of the host."""
+    number = error.errno if isinstance(error, socket.gaierror) else None
+    if number == socket.EAI_SYSTEM:
+        return ResolverAway("the system can't ask for names")
+    if number == socket.EAI_AGAIN or isinstance(error, TimeoutError):
+        return Unanswered("no name server answered")
+    return Unresolvable("the host has no address")
 
 
 class PinnedBackend(httpcore.AsyncNetworkBackend):

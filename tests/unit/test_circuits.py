@@ -18,6 +18,7 @@ OPEN = Circuit(failures=THRESHOLD, open_until=100.0, open_seconds=OPEN_SECONDS, 
     [
         (CLOSED, "success", 1.0, CLOSED),
         (CLOSED, "timeout", 1.0, Circuit(failures=1, changed_at=1.0)),
+        (CLOSED, "dns_unanswered", 1.0, Circuit(failures=1, changed_at=1.0)),
         (Circuit(failures=9, changed_at=1.0), "success", 2.0, CLOSED),
         (Circuit(failures=9, changed_at=1.0), "http_4xx", 2.0, CLOSED),
         (Circuit(failures=9, changed_at=1.0), "http_3xx", 2.0, CLOSED),

@@ -88,16 +88,18 @@ def test_an_attempt_is_judged_by_its_receipt(
     assert least <= verdict.wait_seconds <= most
 
 
+@pytest.mark.parametrize("outcome", ["local_fault", "dns_unanswered"])
 @pytest.mark.parametrize("attempt", [1, 2, 10, 99])
-def test_a_fault_of_our_own_network_spends_no_attempt(attempt: int) -> None:
-    verdict = delivery.decide(attempt, receipt("local_fault"), SCHEDULE, age_seconds=sum(SCHEDULE) - 1)
+def test_a_fault_that_may_be_our_own_network_s_spends_no_attempt(attempt: int, outcome: str) -> None:
+    verdict = delivery.decide(attempt, receipt(outcome), SCHEDULE, age_seconds=sum(SCHEDULE) - 1)
     assert (verdict.status, verdict.spends) == ("pending", False)
     assert 48 <= verdict.wait_seconds <= 72
 
 
+@pytest.mark.parametrize("outcome", ["local_fault", "dns_unanswered"])
 @pytest.mark.parametrize(("attempt", "status"), [(1, "pending"), (9, "pending"), (10, "exhausted")])
-def test_a_fault_of_our_own_network_that_never_ends_is_not_tried_for_ever(attempt: int, status: str) -> None:
-    verdict = delivery.decide(attempt, receipt("local_fault"), SCHEDULE, age_seconds=sum(SCHEDULE))
+def test_a_fault_that_never_ends_is_not_tried_for_ever(attempt: int, status: str, outcome: str) -> None:
+    verdict = delivery.decide(attempt, receipt(outcome), SCHEDULE, age_seconds=sum(SCHEDULE))
     assert (verdict.status, verdict.spends) == (status, True)
 
 

@@ -1,7 +1,7 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from ipaddress import ip_address
 from typing import Any
 
@@ -68,7 +68,7 @@ Connect = Callable[..., pinned.PinnedBackend]
 
 
 @pytest.fixture
-def backend() -> Iterator[Connect]:
+async def backend() -> AsyncIterator[Connect]:
     made: list[pinned.Resolver] = []
 
     def make(
@@ -221,6 +221,84 @@ async def test_a_resolver_that_hangs_is_given_up_and_holds_up_nobody(backend: Co
         assert loop.time() - started < 2
     finally:
         answer.set()
+
+
+async def test_hosts_whose_name_servers_are_dead_hold_one_thread_each_and_a_healthy_one_stays_quick() -> None:
+    end = threading.Event()
+    asked: list[str] = []
+
+    def lookup(host: str, port: int) -> list[str]:  # noqa: ARG001
+        asked.append(host)
+        if host.startswith("dead"):
+            end.wait(60)
+        return ["1.1.1.1"]
+
+    resolver = pinned.Resolver(lookup, timeout_seconds=0.1, threads=3)
+    made = pinned.PinnedBackend(STRICT, resolver, Network())
+    try:
+        for _ in range(3):
+            dead = [made.connect_tcp(f"dead{number % 2}.example", 443) for number in range(20)]
+            *failed, stream = await asyncio.gather(*dead, made.connect_tcp("ok.example", 443), return_exceptions=True)
+            assert {type(one) for one in failed} == {pinned.Unanswered}
+            assert isinstance(stream, httpcore.AsyncNetworkStream)
+    finally:
+        end.set()
+        resolver.close()
+    assert sorted(asked) == ["dead0.example.", "dead1.example.", *["ok.example."] * 3], "and each was asked for once"
+
+
+async def test_a_name_that_could_not_be_asked_for_is_our_fault_and_is_not_asked_for_later(backend: Connect) -> None:
+    end = threading.Event()
+    asked: list[str] = []
+
+    def lookup(host: str, port: int) -> list[str]:  # noqa: ARG001
+        asked.append(host)
+        end.wait(60)
+        return ["1.1.1.1"]
+
+    made = backend(lookup, Network(), timeout_seconds=0.05)
+    try:
+        hosts = ("dead0.example", "dead1.example", "late.example", "late.example")
+        failed = await asyncio.gather(*(made.connect_tcp(host, 443) for host in hosts), return_exceptions=True)
+        assert [type(one) for one in failed] == [pinned.Unanswered] * 2 + [pinned.ResolverAway] * 2
+        end.set()
+        await made.connect_tcp("last.example", 443)
+    finally:
+        end.set()
+    assert sorted(asked) == ["dead0.example.", "dead1.example.", "last.example."]
+
+
+async def test_a_resolver_that_is_closed_fails_those_that_wait(backend: Connect) -> None:
+    end, began = threading.Event(), threading.Event()
+
+    def lookup(host: str, port: int) -> list[str]:  # noqa: ARG001
+        began.set()
+        end.wait(60)
+        return ["1.1.1.1"]
+
+    made = backend(lookup, Network())
+    waiting = asyncio.create_task(made.connect_tcp("dead.example", 443))
+    try:
+        await asyncio.to_thread(began.wait, 10)
+        made.resolver.close()
+        with pytest.raises(pinned.ResolverAway):
+            await waiting
+    finally:
+        end.set()
+
+
+def test_a_resolver_may_be_closed_after_its_loop() -> None:
+    end = threading.Event()
+
+    def hang(host: str, port: int) -> list[str]:  # noqa: ARG001
+        end.wait(60)
+        return []
+
+    resolver = pinned.Resolver(hang, timeout_seconds=0.05)
+    with pytest.raises(pinned.Unanswered):
+        asyncio.run(resolver.resolve("hooks.example", 443))
+    resolver.close()
+    end.set()
 
 
 def test_localhost_is_resolved_by_the_system() -> None:

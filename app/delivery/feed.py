@@ -59,10 +59,11 @@ class Event:
     outcome: str | None
 
 
+# An earlier release writes events without the owner of their task, so the task is asked as well.
 _EVENTS = f"""
 SELECT d.id, d.position, {FACTS} AS facts, {OUTCOME} AS outcome
   FROM webhook_delivery d JOIN task t ON t.id = d.task_id
- WHERE d.owner = $3 AND d.position IS NOT NULL AND d.position > $1
+ WHERE d.owner = $3 AND t.owner = $3 AND d.position IS NOT NULL AND d.position > $1
  ORDER BY d.position LIMIT $2
 """
 

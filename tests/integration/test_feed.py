@@ -111,3 +111,10 @@ async def test_what_is_sent_again_keeps_its_place(db: Database) -> None:
     await delivery.redeliver(db, task_id)
     assert await delivery.number(db, limit=10) == 0
     assert await read(db) == before
+
+
+async def test_an_event_of_an_earlier_release_is_shown_to_nobody_but_the_owner_of_its_task(db: Database) -> None:
+    theirs, nobodys = await happened(db), await happened(db)
+    await db.execute("UPDATE task SET owner = 'acme' WHERE id = $1", theirs)
+    await delivery.number(db, limit=10)
+    assert (await read(db))[0] == [str(nobodys)]

@@ -3,7 +3,7 @@
 A relay sends them, through the sender, the rules and the keys of real webhooks. They
 wait in no line, and no circuit holds them back: whoever asks wants to know how
 things are now. What bounds them is how many the API lets wait at once, and how
-many a relay sends at once.
+many a relay sends at once, in all and of one owner.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Trials:
         keyring: likewise.
 
     Attributes:
-        sending: those on their way.
+        sending: those on their way, and the owner of each.
     """
 
     def __init__(self, settings: Settings, db: Database, sender: Sender, keyring: Keyring) -> None:
@@ -43,17 +43,19 @@ class Trials:
         self._db = db
         self._sender = sender
         self._keyring = keyring
-        self.sending: set[asyncio.Task[None]] = set()
+        self.sending: dict[asyncio.Task[None], str] = {}
 
     async def send(self) -> int:
         """Start sending those that were asked for just now."""
         room = AT_ONCE - len(self.sending)
-        asked = await delivery.claim_trials(self._db, limit=room) if room > 0 else []
+        if room <= 0:
+            return 0
+        asked = await delivery.claim_trials(self._db, limit=room, sending=list(self.sending.values()))
         rings = await self._keyring.rings({one.owner for one in asked}) if asked else {}
         for one in asked:
             task = asyncio.create_task(self._send(one, rings[one.owner]))
-            self.sending.add(task)
-            task.add_done_callback(self.sending.discard)
+            self.sending[task] = one.owner
+            task.add_done_callback(self.sending.pop)
         return len(asked)
 
     async def _send(self, trial: delivery.Trial, ring: Ring) -> None:

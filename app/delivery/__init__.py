@@ -53,6 +53,7 @@ from app.delivery.secret import (
     secrets_under,
 )
 from app.delivery.trial import (
+    OWNER_AT_ONCE,
     PICKUP_SECONDS,
     TEST,
     Trial,
@@ -73,6 +74,7 @@ __all__ = [
     "GONE",
     "HOPELESS",
     "INLINE_BYTES",
+    "OWNER_AT_ONCE",
     "PICKUP_SECONDS",
     "REST_SECONDS",
     "SECRETS_AT_MOST",

@@ -6,7 +6,7 @@ long, so a wish that no relay took at once is void, and one that was heard is go
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -21,6 +21,8 @@ TEST = "webhook.test"
 """The type of a test event that resembles no other."""
 PICKUP_SECONDS = 5.0
 """How old a wish may be that a relay still takes."""
+OWNER_AT_ONCE = 3
+"""Test events of one owner that one relay sends at once: whose receivers never answer must not take its whole room."""
 
 _STATUS_OF: Mapping[str, TaskStatus] = {
     WebhookEvent.SUCCEEDED: TaskStatus.SUCCESS,
@@ -114,21 +116,31 @@ async def ask_trial(db: Database, trial_id: UUID, *, owner: str, url: str, event
     await db.execute(_ASK, trial_id, owner, url, event, traceparent)
 
 
-# Nobody takes one that somebody else is about to take; nothing is claimed here that is not sent at once.
-_CLAIM = """
+# Nobody takes one that somebody else is about to take; nothing is claimed here that is not sent at once. The table
+# holds what is waited for right now, so counting each owner's costs nothing.
+_CLAIM = f"""
 WITH asked AS (
-    SELECT id FROM webhook_test
+    SELECT id, row_number() OVER (PARTITION BY owner ORDER BY created_at) AS place FROM webhook_test
      WHERE created_at > now() - make_interval(secs => $2) AND token IS NULL
-     ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED
+), taken AS (
+    SELECT t.id FROM webhook_test t JOIN asked ON asked.id = t.id
+     WHERE t.token IS NULL AND place + cardinality(array_positions($3::text[], t.owner)) <= {OWNER_AT_ONCE}
+     ORDER BY t.created_at LIMIT $1 FOR UPDATE OF t SKIP LOCKED
 )
-UPDATE webhook_test t SET token = gen_random_uuid() FROM asked WHERE t.id = asked.id
+UPDATE webhook_test t SET token = gen_random_uuid() FROM taken WHERE t.id = taken.id
 RETURNING t.id, t.owner, t.url, t.event, t.traceparent, t.created_at, now() AS claimed_at, t.token
 """
 
 
-async def claim_trials(db: Database, *, limit: int) -> list[Trial]:
-    """Take test events that were asked for just now; no other relay gets them."""
-    return [Trial(**dict(row)) for row in await db.fetch(_CLAIM, limit, PICKUP_SECONDS)]
+async def claim_trials(db: Database, *, limit: int, sending: Sequence[str] = ()) -> list[Trial]:
+    """Take test events that were asked for just now; no other relay gets them.
+
+    Args:
+        db: where.
+        limit: test events at most, and of one owner no more than `OWNER_AT_ONCE` with those in `sending`.
+        sending: the owner of each that is on its way from this relay.
+    """
+    return [Trial(**dict(row)) for row in await db.fetch(_CLAIM, limit, PICKUP_SECONDS, list(sending))]
 
 
 _END = """

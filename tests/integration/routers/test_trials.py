@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ async def test_a_test_that_one_relay_is_about_to_take_is_passed_over_by_the_othe
     other = await asyncpg.connect(api_settings.postgres_dsn)
     transaction = other.transaction()
     await transaction.start()
-    [theirs] = await other.fetch(trial._CLAIM, 1, delivery.PICKUP_SECONDS)
+    [theirs] = await other.fetch(trial._CLAIM, 1, delivery.PICKUP_SECONDS, [])
     async with asyncio.timeout(5):
         [ours] = await delivery.claim_trials(db, limit=10)
     await transaction.commit()
@@ -273,3 +274,30 @@ async def test_a_relay_that_serves_looks_for_tests(
             assert (await tried(api, receiver.url))["outcome"] == "success"
         await stopping.stop(*loops)
         await wire.close()
+
+
+async def test_an_owner_whose_receivers_never_answer_leaves_room_for_the_others(
+    api_settings: Settings, db: Database
+) -> None:
+    with Receiver([Answer(delay_seconds=30)] * 9) as receiver:
+        async with relaying(api_settings, db) as relay:
+
+            async def ask(owner: str) -> None:
+                await delivery.ask_trial(
+                    db, uuid7(), owner=owner, url=receiver.url, event=delivery.TEST, traceparent=None
+                )
+
+            for _ in range(delivery.OWNER_AT_ONCE + 2):
+                await ask("greedy")
+            await until(lambda: len(relay.trials.sending) == delivery.OWNER_AT_ONCE, what="its share")
+            await ask("patient")
+            await until(lambda: "patient" in relay.trials.sending.values(), what="the other owner's")
+            assert Counter(relay.trials.sending.values()) == {"greedy": delivery.OWNER_AT_ONCE, "patient": 1}
+
+            for task in list(relay.trials.sending):
+                task.cancel()
+
+            async def all_taken() -> bool:
+                return not await db.fetchval("SELECT count(*) FROM webhook_test WHERE token IS NULL")
+
+            await until(all_taken, what="the rest, once the first have ended")

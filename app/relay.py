@@ -335,6 +335,11 @@ class Relay:
             self.refused.discard(queue)
 
     async def _send(self, claimed: delivery.Claimed, ring: Ring) -> None:
+        if delivery.is_spent(claimed.attempt, self.settings.webhook_schedule):
+            self.circuits.ended(claimed.receiver, None, time.monotonic())
+            log.error("webhook %s is ended unsent: relays have died of it, as it seems", claimed.id)
+            await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT)
+            return
         outcome = None
         try:
             receipt = await self.sender.post(
@@ -354,6 +359,9 @@ class Relay:
         verdict = delivery.decide(
             claimed.scheduled_attempt, receipt, self.settings.webhook_schedule, age_seconds=claimed.age_seconds
         )
+        await self._settle(claimed, receipt, verdict)
+
+    async def _settle(self, claimed: delivery.Claimed, receipt: Receipt, verdict: delivery.Verdict) -> None:
         # If Postgres stays away for longer, the receiver hears of it again, under the same id.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):

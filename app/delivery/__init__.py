@@ -35,7 +35,18 @@ from app.delivery.outbox import (
 )
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
-from app.delivery.rules import GONE, HOPELESS, REST_SECONDS, Verdict, decide, patience_seconds
+from app.delivery.rules import (
+    ATTEMPTS_AT_MOST,
+    ENDED_UNSENT,
+    GONE,
+    HOPELESS,
+    REST_SECONDS,
+    UNSENT,
+    Verdict,
+    decide,
+    is_spent,
+    patience_seconds,
+)
 from app.delivery.secret import (
     SECRETS_AT_MOST,
     NewSecret,
@@ -68,8 +79,10 @@ from app.delivery.trial import (
 )
 
 __all__ = [
+    "ATTEMPTS_AT_MOST",
     "BEGINNING",
     "CIRCUIT_OPEN",
+    "ENDED_UNSENT",
     "EXCERPT_BYTES",
     "GONE",
     "HOPELESS",
@@ -79,6 +92,7 @@ __all__ = [
     "REST_SECONDS",
     "SECRETS_AT_MOST",
     "TEST",
+    "UNSENT",
     "Attempt",
     "Batch",
     "Claimed",
@@ -110,6 +124,7 @@ __all__ = [
     "give_up",
     "hear_trial",
     "intend",
+    "is_spent",
     "marks",
     "number",
     "patience_seconds",

@@ -17,6 +17,8 @@ RECEIVERS_AT_ONCE = 500
 """Receivers that one claim looks at."""
 CIRCUIT_OPEN = "circuit_open"
 """Why a delivery is given up that nobody was sent: beside the words of `Outcome`, which are of attempts."""
+LAST_NUMBER = 32_767
+"""What a SMALLINT holds: one row whose attempts were beyond it would fail the claim of all others."""
 DUE_AT_MOST = 100_000
 """How far due deliveries are counted: more need no exact number, and counting them would take seconds."""
 
@@ -112,7 +114,7 @@ WITH RECURSIVE orphaned AS (
     SELECT id FROM orphaned UNION ALL SELECT id FROM nameless UNION ALL SELECT id FROM due LIMIT $1
 ), claimed AS (
     UPDATE webhook_delivery d
-       SET status = 'delivering', attempt = d.attempt + 1, token = gen_random_uuid(),
+       SET status = 'delivering', attempt = LEAST(d.attempt + 1, {LAST_NUMBER}), token = gen_random_uuid(),
            lease_until = now() + make_interval(secs => $2)
       FROM chosen, task t
      WHERE d.id = chosen.id AND t.id = d.task_id

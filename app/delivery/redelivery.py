@@ -8,6 +8,7 @@ from uuid import UUID
 
 from app.core.statuses import DeliveryStatus
 from app.db import Database
+from app.delivery.rules import ATTEMPTS_AT_MOST
 
 
 class Redelivery(Enum):
@@ -17,6 +18,8 @@ class Redelivery(Enum):
     """It is due now, and has the whole schedule before it."""
     UNDER_WAY = auto()
     """It is being sent at this moment."""
+    SPENT = auto()
+    """It has been attempted as often as any webhook may be."""
     NOTHING = auto()
     """There is no event to tell yet."""
 
@@ -28,21 +31,27 @@ _BEGIN_ANEW = """
 """
 _REDELIVER = f"""
 WITH newest AS (
-    SELECT id, status FROM webhook_delivery
+    SELECT id, status, attempt FROM webhook_delivery
      WHERE task_id = $1 AND owner = $2 ORDER BY sequence DESC LIMIT 1 FOR UPDATE
 ), again AS (
-    UPDATE webhook_delivery d {_BEGIN_ANEW} FROM newest WHERE d.id = newest.id AND newest.status <> 'delivering'
+    UPDATE webhook_delivery d {_BEGIN_ANEW} FROM newest
+     WHERE d.id = newest.id AND newest.status <> 'delivering' AND newest.attempt < {ATTEMPTS_AT_MOST}
 )
-SELECT status FROM newest
+SELECT status, attempt FROM newest
 """
 
 
 async def redeliver(db: Database, task_id: UUID, *, owner: str = "") -> Redelivery:
-    """Make the newest webhook of a task of `owner` due now, unless it is being sent. Asking twice is asking once."""
-    was = await db.fetchval(_REDELIVER, task_id, owner)
+    """Make the newest webhook of a task of `owner` due now, unless it is being sent or has been too often.
+
+    Asking twice is asking once.
+    """
+    was = await db.fetchrow(_REDELIVER, task_id, owner)
     if was is None:
         return Redelivery.NOTHING
-    return Redelivery.UNDER_WAY if was == DeliveryStatus.DELIVERING else Redelivery.DUE
+    if was["status"] == DeliveryStatus.DELIVERING:
+        return Redelivery.UNDER_WAY
+    return Redelivery.DUE if was["attempt"] < ATTEMPTS_AT_MOST else Redelivery.SPENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,7 @@ WITH looked_at AS (
      ORDER BY created_at, id LIMIT $5
 ), due AS (
     SELECT w.id FROM webhook_delivery w JOIN looked_at l ON l.id = w.id
-     WHERE w.status = ANY ($6::text[])
+     WHERE w.status = ANY ($6::text[]) AND w.attempt < {ATTEMPTS_AT_MOST}
        AND NOT (w.status = 'pending' AND w.attempt = w.earlier_attempts AND w.next_at <= now())
      ORDER BY w.id FOR UPDATE OF w SKIP LOCKED
 ), again AS (
@@ -105,7 +114,7 @@ async def redeliver_batch(
         owner: whose webhooks.
         since: when the event happened, or later.
         until: before when it happened; None for any time.
-        statuses: which of them; what is being sent is left alone, and what is due already is not counted.
+        statuses: which of them; what is being sent, or was too often, is left alone, and what is due already is not counted.
         after: where the step before has ended.
         limit: webhooks to look at.
     """

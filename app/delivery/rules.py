@@ -18,6 +18,9 @@ LOCAL_FAULT_SECONDS = 60.0
 _PERHAPS_OURS = frozenset({Outcome.LOCAL_FAULT, Outcome.DNS_UNANSWERED})
 LATE_SECONDS = 86_400.0
 """How much longer than its schedule a delivery waits for a receiver that nothing is sent to."""
+ATTEMPTS_AT_MOST = 10_000
+"""After so many a webhook can't be sent again: its attempts keep their numbers however often its schedule begins anew,
+and a column of Postgres that holds them ends at 32,767."""
 _WEARY = frozenset({Outcome.HTTP_429, Outcome.TIMEOUT})
 
 
@@ -34,6 +37,11 @@ class Verdict:
     status: DeliveryStatus
     wait_seconds: float = 0.0
     spends: bool = True
+
+
+UNSENT = Receipt(outcome=Outcome.LOCAL_FAULT)
+ENDED_UNSENT = Verdict(DeliveryStatus.EXHAUSTED, spends=False)
+"""What a delivery ends with that `is_spent` and was not sent again."""
 
 
 def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_seconds: float = 0.0) -> Verdict:
@@ -68,6 +76,16 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     asked = min(receipt.retry_after_seconds or 0.0, webhook.RETRY_AFTER_LIMIT_SECONDS)
     rest = REST_SECONDS if receipt.outcome in _WEARY else 0.0
     return Verdict(DeliveryStatus.PENDING, max(wait, asked, rest))
+
+
+def is_spent(attempt: int, schedule: Sequence[float]) -> bool:
+    """Whether a delivery is ended unsent: only one that was lost with its relays, again and again, has so many attempts.
+
+    Args:
+        attempt: which attempt this would be, of all schedules.
+        schedule: seconds before each attempt, the first included; its last beginning was within `ATTEMPTS_AT_MOST`.
+    """
+    return attempt > ATTEMPTS_AT_MOST + len(schedule)
 
 
 def patience_seconds(schedule: Sequence[float]) -> float:

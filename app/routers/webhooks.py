@@ -69,6 +69,8 @@ async def redeliver(task_id: TaskId, state: Resources, caller: door.WebhookKeepe
         raise errors.WebhookNotDue("There is no event to tell of this task yet")
     if became is delivery.Redelivery.UNDER_WAY:
         raise errors.WebhookNotDue("The webhook is being sent at this moment")
+    if became is delivery.Redelivery.SPENT:
+        raise errors.WebhookNotDue(f"The webhook was attempted {delivery.ATTEMPTS_AT_MOST:,} times, the most there are")
     return _shown(task_id, url, await delivery.state_of(state["db"], task_id, owner=caller.owner))
 
 

@@ -329,6 +329,24 @@ async def test_a_webhook_that_is_sent_again_has_the_whole_schedule_before_it(rel
     assert [one.error for one in await delivery.attempts(db, task_id, limit=10)] == ["http_5xx"] * 4 + [None]
 
 
+async def test_one_webhook_that_was_claimed_too_often_is_ended_and_stops_no_other(relay: Relay, db: Database) -> None:
+    with Receiver() as receiver:
+        worn, other = [await ended(db, receiver.url) for _ in range(2)]
+        await db.execute(
+            "UPDATE webhook_delivery SET attempt = 32767, status = 'delivering', token = gen_random_uuid(),"
+            " lease_until = now() - interval '1 second' WHERE task_id = $1",
+            worn,
+        )
+        assert await relay.deliver() == 2
+        await until(lambda: not relay.sending, what="the end of both")
+        assert len(receiver.requests) == 1
+    assert await delivered(relay, other)
+    state = await delivery.state_of(db, worn)
+    assert state is not None
+    assert (state.status, state.last_error) == ("exhausted", "local_fault")
+    assert await delivery.attempts(db, worn, limit=10) == []
+
+
 async def test_all_events_get_their_place_however_many(relay: Relay, db: Database) -> None:
     await db.execute(
         "WITH t AS (INSERT INTO task (id, name, queue, args, kwargs)"

@@ -170,6 +170,19 @@ async def test_a_webhook_that_is_being_sent_or_has_nothing_to_tell_is_not_sent_a
     assert_problem(await api.post(f"/api/tasks/{uuid4()}/webhook/redeliver"), 404)
 
 
+async def test_a_webhook_is_not_sent_again_without_end(api: httpx.AsyncClient, db: Database) -> None:
+    [spent, almost] = [await told(db) for _ in range(2)]
+    for task_id, attempts in ((spent, delivery.ATTEMPTS_AT_MOST), (almost, delivery.ATTEMPTS_AT_MOST - 1)):
+        await db.execute(
+            "UPDATE webhook_delivery SET status = 'exhausted', attempt = $2 WHERE task_id = $1", task_id, attempts
+        )
+    problem = assert_problem(await api.post(f"/api/tasks/{spent}/webhook/redeliver"), 409)
+    assert problem["detail"] == "The webhook was attempted 10,000 times, the most there are"
+    assert await all_again(api) == (1, None)
+    assert (await state_of(api, spent))["status"] == "exhausted"
+    assert (await state_of(api, almost))["status"] == "pending"
+
+
 async def all_again(api: httpx.AsyncClient, **fields: Any) -> tuple[int, str | None]:
     answer = await api.post("/api/webhooks/redeliver", json={"since": "2020-01-01T00:00:00Z", **fields})
     assert answer.status_code == 200, answer.text

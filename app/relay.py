@@ -242,6 +242,7 @@ class Relay:
                 room=circuits.CAP,
                 rooms=self.circuits.rooms(now),
                 after=self.walked_to,
+                patience_seconds=delivery.patience_seconds(self.settings.webhook_schedule),
             )
             self.walked_to = due.walked_to
             try:
@@ -335,7 +336,8 @@ class Relay:
             self.refused.discard(queue)
 
     async def _send(self, claimed: delivery.Claimed, ring: Ring) -> None:
-        if delivery.is_spent(claimed.attempt, self.settings.webhook_schedule):
+        schedule, age = self.settings.webhook_schedule, claimed.age_seconds
+        if delivery.is_spent(claimed.attempt, claimed.scheduled_attempt, schedule, age_seconds=age):
             self.circuits.ended(claimed.receiver, None, time.monotonic())
             log.error("webhook %s is ended unsent: relays have died of it, as it seems", claimed.id)
             await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT)
@@ -356,9 +358,7 @@ class Relay:
             receipt = Receipt(outcome=Outcome.SECRET_UNREADABLE)
         finally:
             self.circuits.ended(claimed.receiver, outcome, time.monotonic())
-        verdict = delivery.decide(
-            claimed.scheduled_attempt, receipt, self.settings.webhook_schedule, age_seconds=claimed.age_seconds
-        )
+        verdict = delivery.decide(claimed.scheduled_attempt, receipt, schedule, age_seconds=age)
         await self._settle(claimed, receipt, verdict)
 
     async def _settle(self, claimed: delivery.Claimed, receipt: Receipt, verdict: delivery.Verdict) -> None:

@@ -78,6 +78,8 @@ class Claimed:
 FACTS = f"COALESCE(d.facts, {facts_of('t', 'd.event', 'd.sequence')})"
 OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} END"
 
+# What is claimed while it is being delivered was lost with its relay. That is no attempt of the schedule, unless it
+# goes on for so long that the delivery itself may be what relays die of.
 # From receiver to receiver, as many of each as there is room for, until there are enough: what is due to a dead one
 # is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
 # of the receivers is the order of the search, and it goes on where the one before has ended.
@@ -115,6 +117,8 @@ WITH RECURSIVE orphaned AS (
 ), claimed AS (
     UPDATE webhook_delivery d
        SET status = 'delivering', attempt = LEAST(d.attempt + 1, {LAST_NUMBER}), token = gen_random_uuid(),
+           earlier_attempts = LEAST({LAST_NUMBER}, d.earlier_attempts + (
+               d.status = 'delivering' AND d.scheduled_at > now() - make_interval(secs => $10))::int),
            lease_until = now() + make_interval(secs => $2)
       FROM chosen, task t
      WHERE d.id = chosen.id AND t.id = d.task_id
@@ -154,6 +158,7 @@ async def claim_by_receiver(
     room: int,
     rooms: Mapping[Receiver, int] | None = None,
     after: Receiver = BEGINNING,
+    patience_seconds: float = 0.0,
 ) -> Due:
     """Claim deliveries that are due, and those whose relay let its lease run out, up to `limit`.
 
@@ -167,6 +172,7 @@ async def claim_by_receiver(
         room: deliveries to one receiver.
         rooms: the same for some receivers, where it is less.
         after: the receiver that the search before has come to.
+        patience_seconds: since a schedule began, in which an attempt that a relay died with spends nothing of it.
     """
     narrow = rooms or {}
     rows = await db.fetch(
@@ -180,6 +186,7 @@ async def claim_by_receiver(
         list(narrow.values()),
         after.origin,
         [receiver.owner for receiver in narrow],
+        patience_seconds,
     )
     claimed = [_claimed(row) for row in rows if row["id"] is not None]
     if len(claimed) == limit:

@@ -78,14 +78,18 @@ def decide(attempt: int, receipt: Receipt, schedule: Sequence[float], *, age_sec
     return Verdict(DeliveryStatus.PENDING, max(wait, asked, rest))
 
 
-def is_spent(attempt: int, schedule: Sequence[float]) -> bool:
-    """Whether a delivery is ended unsent: only one that was lost with its relays, again and again, has so many attempts.
+def is_spent(attempt: int, scheduled_attempt: int, schedule: Sequence[float], *, age_seconds: float) -> bool:
+    """Whether a delivery is ended unsent: only one that was lost with its relays, again and again, comes so far.
 
     Args:
-        attempt: which attempt this would be, of all schedules.
-        schedule: seconds before each attempt, the first included; its last beginning was within `ATTEMPTS_AT_MOST`.
+        attempt: which attempt this would be, of all schedules; the last of them began within `ATTEMPTS_AT_MOST`.
+        scheduled_attempt: which one of this schedule. A relay's death counts as one after `patience_seconds` only.
+        schedule: seconds before each attempt, the first included.
+        age_seconds: since the schedule began, or began anew.
     """
-    return attempt > ATTEMPTS_AT_MOST + len(schedule)
+    if attempt > ATTEMPTS_AT_MOST + len(schedule):
+        return True
+    return scheduled_attempt > len(schedule) and age_seconds >= patience_seconds(schedule)
 
 
 def patience_seconds(schedule: Sequence[float]) -> float:

@@ -347,6 +347,44 @@ async def test_one_webhook_that_was_claimed_too_often_is_ended_and_stops_no_othe
     assert await delivery.attempts(db, worn, limit=10) == []
 
 
+async def lost(db: Database) -> None:
+    """The relay that has them is dead."""
+    await db.execute("UPDATE webhook_delivery SET lease_until = now() - interval '1 second' WHERE status='delivering'")
+
+
+async def test_relays_that_die_spend_nothing_of_the_schedule(relay: Relay, db: Database) -> None:
+    schedule = relay.settings.webhook_schedule
+    with Receiver(lambda _: Answer(status=500)) as receiver:
+        task_id = await ended(db, receiver.url)
+        for _ in range(len(schedule) + 2):
+            patience = delivery.patience_seconds(schedule)
+            await delivery.claim_by_receiver(db, limit=1, lease_seconds=30.0, room=1, patience_seconds=patience)
+            await lost(db)
+        await until(lambda: delivered(relay, task_id), what="the end of the schedule")
+        assert len(receiver.requests) == len(schedule)
+    numbers = [one.number for one in await delivery.attempts(db, task_id, limit=10)]
+    assert numbers == [len(schedule) + 3 + number for number in range(len(schedule))]
+
+
+async def test_a_webhook_that_relays_die_of_is_ended_unsent(relay: Relay, db: Database) -> None:
+    schedule = relay.settings.webhook_schedule
+    with Receiver() as receiver:
+        task_id = await ended(db, receiver.url)
+        patience = delivery.patience_seconds(schedule)
+        await db.execute("UPDATE webhook_delivery SET scheduled_at = now() - $1 * interval '1 s'", patience)
+        for attempt in range(len(schedule)):
+            claims = await delivery.claim_by_receiver(
+                db, limit=1, lease_seconds=30.0, room=1, patience_seconds=patience
+            )
+            assert [one.scheduled_attempt for one in claims.claimed] == [attempt + 1]
+            await lost(db)
+        await until(lambda: delivered(relay, task_id), what="its end")
+        assert receiver.requests == []
+    state = await delivery.state_of(db, task_id)
+    assert state is not None
+    assert (state.status, state.last_error) == ("exhausted", "local_fault")
+
+
 async def test_all_events_get_their_place_however_many(relay: Relay, db: Database) -> None:
     await db.execute(
         "WITH t AS (INSERT INTO task (id, name, queue, args, kwargs)"

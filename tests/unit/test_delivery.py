@@ -115,6 +115,22 @@ def test_patience_outlasts_every_schedule_by_a_day(*, schedule: tuple[float, ...
     assert delivery.patience_seconds(schedule) / 86_400 == pytest.approx(days)
 
 
+@pytest.mark.parametrize(
+    ("attempt", "scheduled_attempt", "days", "spent"),
+    [
+        (10, 10, 99.0, False),
+        (11, 11, 1.0, False),
+        (11, 11, 99.0, True),
+        (delivery.ATTEMPTS_AT_MOST + 10, 10, 99.0, False),
+        (delivery.ATTEMPTS_AT_MOST + 11, 1, 0.0, True),
+    ],
+)
+def test_only_what_was_lost_again_and_again_is_ended_unsent(
+    *, attempt: int, scheduled_attempt: int, days: float, spent: bool
+) -> None:
+    assert delivery.is_spent(attempt, scheduled_attempt, SCHEDULE, age_seconds=days * 86_400) is spent
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 200),

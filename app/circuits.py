@@ -1,17 +1,20 @@
-"""How much of a relay one receiver may have: a cap, and a circuit breaker, for each owner and origin.
+"""How much of a relay one receiver, and one owner, may have.
+
+A receiver, which is an owner and an origin, has a cap and a circuit breaker:
 
     closed ──THRESHOLD failures in a row──▶ open ──its time is over──▶ half-open
        ▲                                      ▲                          │   │
        └──────────── any answer ──────────────┼──────────────────────────┘   │
                                               └── the probe fails, twice as long ┘
 
+An owner whose secret can't be read has no receiver that could be sent to.
 What is not sent to a receiver waits in its rows and spends no attempt. Every relay
 has its own view, in memory: it costs nothing to form a new one.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from app.delivery import Receiver
@@ -28,6 +31,8 @@ FORGET_SECONDS = 3600.0
 HOPELESS_SECONDS = 3600.0
 """How long a circuit must have been open for old webhooks to be given up: a receiver that is overwhelmed for some
 minutes, as by all that waited while no relay ran, loses none."""
+UNREADABLE_SECONDS = 60.0
+"""How long nothing is sent for an owner of whom a secret can't be read. What the next claim takes is the probe."""
 
 _FAILURES = frozenset(
     {
@@ -105,6 +110,7 @@ class Circuits:
     def __init__(self) -> None:
         self._on_their_way: Counter[Receiver] = Counter()
         self._known: dict[Receiver, Circuit] = {}
+        self._unreadable_until: dict[str, float] = {}
 
     def began(self, receiver: Receiver) -> None:
         """A request is on its way."""
@@ -132,6 +138,15 @@ class Circuits:
         concerned = self._on_their_way.keys() | self._known.keys()
         rooms = {one: room(self._known.get(one, CLOSED), self._on_their_way[one], now) for one in concerned}
         return {receiver: left for receiver, left in rooms.items() if left < CAP}
+
+    def could_not_sign(self, owner: str, now: float) -> None:
+        """A secret of this owner can't be read: each of its webhooks would only be claimed to find that out."""
+        self._unreadable_until[owner] = now + UNREADABLE_SECONDS
+
+    def passed_over(self, now: float) -> Collection[str]:
+        """Owners of whom nothing is claimed now."""
+        self._unreadable_until = {owner: until for owner, until in self._unreadable_until.items() if now < until}
+        return self._unreadable_until.keys()
 
     def opened(self) -> int:
         """How many receivers nothing is sent to but probes."""

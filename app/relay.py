@@ -243,6 +243,7 @@ class Relay:
                 rooms=self.circuits.rooms(now),
                 after=self.walked_to,
                 patience_seconds=delivery.patience_seconds(self.settings.webhook_schedule),
+                without=self.circuits.passed_over(now),
             )
             self.walked_to = due.walked_to
             try:
@@ -356,6 +357,9 @@ class Relay:
             outcome = receipt.outcome
         except sealing.Unreadable:
             receipt = Receipt(outcome=Outcome.SECRET_UNREADABLE)
+            # The row of an earlier release may have no owner, and what is known of '' is not known of everybody else.
+            if claimed.owner == claimed.receiver.owner:
+                self.circuits.could_not_sign(claimed.owner, time.monotonic())
         finally:
             self.circuits.ended(claimed.receiver, outcome, time.monotonic())
         verdict = delivery.decide(claimed.scheduled_attempt, receipt, schedule, age_seconds=age)

@@ -1,6 +1,6 @@
 """The statements that move a delivery: claimed by a relay, settled by a receipt, handed back, or given up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
@@ -17,6 +17,8 @@ RECEIVERS_AT_ONCE = 500
 """Receivers that one claim looks at."""
 CIRCUIT_OPEN = "circuit_open"
 """Why a delivery is given up that nobody was sent: beside the words of `Outcome`, which are of attempts."""
+BEYOND = "i"
+"""Behind every origin in any collation, for each begins with "http"."""
 LAST_NUMBER = 32_767
 """What a SMALLINT holds: one row whose attempts were beyond it would fail the claim of all others."""
 DUE_AT_MOST = 100_000
@@ -82,7 +84,8 @@ OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} 
 # goes on for so long that the delivery itself may be what relays die of.
 # From receiver to receiver, as many of each as there is room for, until there are enough: what is due to a dead one
 # is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
-# of the receivers is the order of the search, and it goes on where the one before has ended.
+# of the receivers is the order of the search, and it goes on where the one before has ended. An owner that is passed
+# over takes one step as well, to behind the last of its receivers.
 _CLAIM_DUE = f"""
 WITH RECURSIVE orphaned AS (
     SELECT id FROM webhook_delivery
@@ -93,11 +96,11 @@ WITH RECURSIVE orphaned AS (
      WHERE status = 'pending' AND origin IS NULL AND next_at <= now()
      ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
 ), walk (owner, origin, steps) AS (
-    (SELECT owner, origin, 1 FROM webhook_delivery
+    (SELECT owner, CASE WHEN owner = ANY ($11) THEN '{BEYOND}' ELSE origin END, 1 FROM webhook_delivery
       WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $8)
       ORDER BY owner, origin LIMIT 1)
     UNION ALL
-    SELECT next.owner, next.origin, steps + 1
+    SELECT next.owner, CASE WHEN next.owner = ANY ($11) THEN '{BEYOND}' ELSE next.origin END, steps + 1
       FROM walk, LATERAL (
         SELECT owner, origin FROM webhook_delivery
          WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > (walk.owner, walk.origin)
@@ -159,6 +162,7 @@ async def claim_by_receiver(
     rooms: Mapping[Receiver, int] | None = None,
     after: Receiver = BEGINNING,
     patience_seconds: float = 0.0,
+    without: Collection[str] = (),
 ) -> Due:
     """Claim deliveries that are due, and those whose relay let its lease run out, up to `limit`.
 
@@ -173,6 +177,7 @@ async def claim_by_receiver(
         rooms: the same for some receivers, where it is less.
         after: the receiver that the search before has come to.
         patience_seconds: since a schedule began, in which an attempt that a relay died with spends nothing of it.
+        without: owners whose due deliveries are passed over.
     """
     narrow = rooms or {}
     rows = await db.fetch(
@@ -187,6 +192,7 @@ async def claim_by_receiver(
         after.origin,
         [receiver.owner for receiver in narrow],
         patience_seconds,
+        list(without),
     )
     claimed = [_claimed(row) for row in rows if row["id"] is not None]
     if len(claimed) == limit:

@@ -298,6 +298,25 @@ async def test_the_receiver_of_one_owner_is_not_that_of_another(db: Database, mo
     assert {one.owner for one in first.claimed + second.claimed} == {""}
 
 
+async def test_an_owner_is_passed_over_in_one_step_however_many_receivers_it_has(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery.outbox, "RECEIVERS_AT_ONCE", 3)
+    for owner, receivers in (("ann", 1), ("bob", 50), ("cid", 1)):
+        await due(db, receivers, "https://#.example", owner=owner)
+    found = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, without=["bob"])
+    assert [one.receiver.owner for one in found.claimed] == ["ann", "cid"]
+    first = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, without=["", "bob"])
+    assert (first.claimed, first.walked_to) == ([], delivery.BEGINNING)
+    await due(db, 50, "https://#.example", owner="a")
+    monkeypatch.setattr(delivery.outbox, "RECEIVERS_AT_ONCE", 1)
+    passed = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, without=["a", "bob"])
+    assert (passed.claimed, passed.walked_to.owner) == ([], "a")
+    after = passed.walked_to
+    found = await delivery.claim_by_receiver(db, limit=10, lease_seconds=30.0, room=2, without=["a"], after=after)
+    assert {one.receiver.owner for one in found.claimed} == {"bob"}
+
+
 async def test_after_a_week_s_outage_one_call_and_the_line_of_events_bring_everything(
     relay: Relay, db: Database
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import standardwebhooks
 import svix.webhooks
 
-from app import delivery, keyring, lifecycle
+from app import circuits, delivery, keyring, lifecycle
 from app.broker import Broker
 from app.core import errors
 from app.core.config import Settings
@@ -207,8 +207,9 @@ async def test_a_pair_signs_beside_a_shared_secret(settings: Settings, db: Datab
 
 
 async def test_what_can_t_be_signed_waits_spends_nothing_and_is_never_sent_otherwise(
-    settings: Settings, db: Database, caplog: pytest.LogCaptureFixture
+    settings: Settings, db: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(circuits, "UNREADABLE_SECONDS", 0.0)
     secret, secret_id = await placed(db)
     changed = settings_for(
         settings.database_url.get_secret_value(),
@@ -256,6 +257,27 @@ async def test_one_unreadable_secret_holds_up_its_owner_and_nobody_else(settings
             await until(lambda: not relay.sending, what="their end")
         assert len(receiver.requests) == 2
     assert await db.fetchval("SELECT owner FROM webhook_delivery WHERE status = 'pending'") == "us"
+
+
+async def test_nothing_is_claimed_for_an_owner_that_nobody_can_sign_for_until_it_is_probed_again(
+    settings: Settings, db: Database
+) -> None:
+    await placed(db, "us", master=NEXT_MASTER)
+    with Receiver() as receiver:
+        await ended(db, receiver.url, "us")
+        async with relaying(settings, db) as relay:
+            assert await relay.deliver() == 1
+            await until(lambda: not relay.sending, what="its end")
+            for owner in ("a", "us", "us", "we"):
+                await ended(db, receiver.url, owner)
+            assert await relay.deliver() == 2, "what is before and behind it is not passed over"
+            await until(lambda: not relay.sending, what="their end")
+            assert len(receiver.requests) == 2
+            assert await relay.deliver() == 0
+            relay.circuits._unreadable_until["us"] = 0.0  # Its minute is over.
+            assert await relay.deliver() == 2, "the probe"
+            await until(lambda: not relay.sending, what="its end")
+    assert await db.fetchval("SELECT count(*) FROM webhook_delivery WHERE last_error = 'secret_unreadable'") == 3
 
 
 async def test_a_secret_that_was_moved_to_another_owner_does_not_open(settings: Settings, db: Database) -> None:

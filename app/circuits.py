@@ -7,6 +7,10 @@ A receiver, which is an owner and an origin, has a cap and a circuit breaker:
        └──────────── any answer ──────────────┼──────────────────────────┘   │
                                               └── the probe fails, twice as long ┘
 
+An owner has no more places than it leaves free, whoever else holds the others, so
+that many receivers of one take all of them from nobody. Where nobody has to say who
+they are, there is nobody to share with, and no such end.
+
 An owner whose secret can't be read has no receiver that could be sent to.
 What is not sent to a receiver waits in its rows and spends no attempt. Every relay
 has its own view, in memory: it costs nothing to form a new one.
@@ -109,18 +113,23 @@ class Circuits:
 
     def __init__(self) -> None:
         self._on_their_way: Counter[Receiver] = Counter()
+        self._of_owner: Counter[str] = Counter()
         self._known: dict[Receiver, Circuit] = {}
         self._unreadable_until: dict[str, float] = {}
 
     def began(self, receiver: Receiver) -> None:
         """A request is on its way."""
         self._on_their_way[receiver] += 1
+        self._of_owner[receiver.owner] += 1
 
     def ended(self, receiver: Receiver, outcome: Outcome | None, now: float) -> None:
         """A request has ended; `outcome` is None if it was given up from here."""
         self._on_their_way[receiver] -= 1
         if not self._on_their_way[receiver]:
             del self._on_their_way[receiver]
+        self._of_owner[receiver.owner] -= 1
+        if not self._of_owner[receiver.owner]:
+            del self._of_owner[receiver.owner]
         if outcome is None:
             return
         before = self._known.get(receiver, CLOSED)
@@ -143,10 +152,17 @@ class Circuits:
         """A secret of this owner can't be read: each of its webhooks would only be claimed to find that out."""
         self._unreadable_until[owner] = now + UNREADABLE_SECONDS
 
-    def passed_over(self, now: float) -> Collection[str]:
-        """Owners of whom nothing is claimed now."""
+    def passed_over(self, now: float, *, free: int) -> Collection[str]:
+        """Owners of whom nothing is claimed now.
+
+        Args:
+            now: monotonic, in seconds.
+            free: how many more requests the relay may have on their way.
+        """
         self._unreadable_until = {owner: until for owner, until in self._unreadable_until.items() if now < until}
-        return self._unreadable_until.keys()
+        return self._unreadable_until.keys() | {
+            owner for owner, held in self._of_owner.items() if owner and held >= free
+        }
 
     def opened(self) -> int:
         """How many receivers nothing is sent to but probes."""

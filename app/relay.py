@@ -56,7 +56,8 @@ DELIVERIES_AT_ONCE = 100
 SLOW_SECONDS = 1.0
 """A POST that is older waits for its receiver, which costs a connection and nothing else: it keeps no other waiting."""
 DELIVERIES_AT_MOST = 500
-"""POSTs, the slow ones included."""
+"""POSTs, the slow ones included. One owner can come to hold half of them, the next half of the rest, and so on: see
+`Circuits.passed_over`. No claim takes more than half of what is free, so it leaves some whoever it is for."""
 DELIVERY_LEASE_SECONDS = 30.0
 """How long a webhook waits whose relay was killed: the deadline of a POST (15 s), and as long again to settle it."""
 SETTLE_SECONDS = 60.0
@@ -233,17 +234,18 @@ class Relay:
         room = self.room(now)
         if room <= 0:
             return 0
+        free = DELIVERIES_AT_MOST - len(self.sending)
         # Whoever stops the relay takes the lock first: what was claimed, and not noted here, would wait for its lease.
         async with self.claiming:
             due = await delivery.claim_by_receiver(
                 self.db,
-                limit=room,
+                limit=min(room, (free + 1) // 2),
                 lease_seconds=DELIVERY_LEASE_SECONDS,
                 room=circuits.CAP,
                 rooms=self.circuits.rooms(now),
                 after=self.walked_to,
                 patience_seconds=delivery.patience_seconds(self.settings.webhook_schedule),
-                without=self.circuits.passed_over(now),
+                without=self.circuits.passed_over(now, free=free),
             )
             self.walked_to = due.walked_to
             try:

@@ -114,7 +114,8 @@ async def redeliver_batch(
         owner: whose webhooks.
         since: when the event happened, or later.
         until: before when it happened; None for any time.
-        statuses: which of them; what is being sent, or was too often, is left alone, and what is due already is not counted.
+        statuses: which of them; what is being sent, or was too often, is left alone, and what is due already
+            is not counted.
         after: where the step before has ended.
         limit: webhooks to look at.
     """

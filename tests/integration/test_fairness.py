@@ -147,6 +147,28 @@ async def test_many_black_holes_take_no_place_from_a_healthy_receiver(
         await stopping.stop(loop)
 
 
+async def test_owners_with_many_black_holes_leave_places_for_all_others(
+    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(relays, "DELIVERIES_AT_MOST", 40)
+    with Receiver() as receiver, black_hole() as port:
+        for owner in ("ann", "bob"):
+            await due(db, 60, f"http://dead-#.test:{port}", since_seconds=3600.0, owner=owner)
+            while await relay.deliver() or relay.walked_to != delivery.BEGINNING:
+                pass
+        held = Counter(one.claimed.receiver.owner for one in relay.sending.values())
+        assert (held["ann"], held["bob"]) == (20, 10)
+        await due(db, 20, f"http://healthy-#.test:{receiver.port}", owner="cid")
+        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+
+        async def all_delivered() -> bool:
+            return (await statuses(db, "http://healthy%"))["delivered"] == 20
+
+        await until(all_delivered, DEADLINE_SECONDS - 3.0, "those of a third owner, while all others wait")
+        await stopping.stop(loop)
+
+
 def test_what_is_slow_has_places_of_its_own_and_not_without_end(relay: Relay) -> None:
     def sending(quick: int, slow: int) -> int:
         keys: Any = iter(range(quick + slow))

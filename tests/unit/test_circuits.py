@@ -115,6 +115,30 @@ def test_what_opens_and_closes_is_logged_once(caplog: pytest.LogCaptureFixture) 
     ]
 
 
+def test_an_owner_is_passed_over_once_it_holds_as_much_as_is_free_and_nobody_never_is() -> None:
+    known = Circuits()
+    for number in range(4):
+        known.began(Receiver("ann", f"https://{number}.example"))
+        known.began(Receiver("", f"https://{number}.example"))
+    known.began(Receiver("bob", "https://b.example"))
+    assert [set(known.passed_over(0.0, free=free)) for free in (5, 4, 2, 1)] == [
+        set(),
+        {"ann"},
+        {"ann"},
+        {"ann", "bob"},
+    ]
+    known.ended(Receiver("ann", "https://0.example"), Outcome.TIMEOUT, 0.0)
+    assert set(known.passed_over(0.0, free=4)) == set()
+
+
+def test_an_owner_that_nobody_can_sign_for_is_passed_over_for_a_minute() -> None:
+    known = Circuits()
+    known.could_not_sign("ann", 100.0)
+    seconds = circuits.UNREADABLE_SECONDS
+    assert set(known.passed_over(99.9 + seconds, free=500)) == {"ann"}
+    assert set(known.passed_over(100.0 + seconds, free=500)) == set()
+
+
 @given(st.lists(st.tuples(st.sampled_from(list(Outcome)), st.floats(0, 1000))))
 def test_whatever_happens_a_circuit_lets_a_probe_through_within_its_longest_time(
     happened: list[tuple[Outcome, float]],

@@ -1,5 +1,6 @@
 """The statements that move a delivery: claimed by a relay, settled by a receipt, handed back, or given up."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -85,7 +86,8 @@ OUTCOME = f"CASE WHEN d.facts IS NOT NULL THEN d.outcome ELSE {outcome_of('t')} 
 # From receiver to receiver, as many of each as there is room for, until there are enough: what is due to a dead one
 # is stepped over in one step, however much it is. Rows are locked as they are taken, not before, so the order
 # of the receivers is the order of the search, and it goes on where the one before has ended. An owner that is passed
-# over takes one step as well, to behind the last of its receivers.
+# over takes one step as well, to behind the last of its receivers. The rooms come as JSON, whose members Postgres finds
+# by bisection: of an array, all would be compared with each receiver that is walked to.
 _CLAIM_DUE = f"""
 WITH RECURSIVE orphaned AS (
     SELECT id FROM webhook_delivery
@@ -96,11 +98,11 @@ WITH RECURSIVE orphaned AS (
      WHERE status = 'pending' AND origin IS NULL AND next_at <= now()
      ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
 ), walk (owner, origin, steps) AS (
-    (SELECT owner, CASE WHEN owner = ANY ($11) THEN '{BEYOND}' ELSE origin END, 1 FROM webhook_delivery
-      WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $8)
+    (SELECT owner, CASE WHEN owner = ANY ($9) THEN '{BEYOND}' ELSE origin END, 1 FROM webhook_delivery
+      WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $7)
       ORDER BY owner, origin LIMIT 1)
     UNION ALL
-    SELECT next.owner, CASE WHEN next.owner = ANY ($11) THEN '{BEYOND}' ELSE next.origin END, steps + 1
+    SELECT next.owner, CASE WHEN next.owner = ANY ($9) THEN '{BEYOND}' ELSE next.origin END, steps + 1
       FROM walk, LATERAL (
         SELECT owner, origin FROM webhook_delivery
          WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > (walk.owner, walk.origin)
@@ -111,8 +113,7 @@ WITH RECURSIVE orphaned AS (
         SELECT id FROM webhook_delivery
          WHERE status = 'pending' AND owner = walk.owner AND origin = walk.origin AND next_at <= now()
          ORDER BY next_at
-         LIMIT COALESCE((SELECT room FROM unnest($9::text[], $6::text[], $7::int[]) AS narrow (owner, origin, room)
-                          WHERE narrow.owner = walk.owner AND narrow.origin = walk.origin), $5)
+         LIMIT COALESCE(($6::jsonb #>> ARRAY[walk.owner, walk.origin])::int, $5)
            FOR UPDATE SKIP LOCKED) AS one
      LIMIT $1
 ), chosen AS (
@@ -121,7 +122,7 @@ WITH RECURSIVE orphaned AS (
     UPDATE webhook_delivery d
        SET status = 'delivering', attempt = LEAST(d.attempt + 1, {LAST_NUMBER}), token = gen_random_uuid(),
            earlier_attempts = LEAST({LAST_NUMBER}, d.earlier_attempts + (
-               d.status = 'delivering' AND d.scheduled_at > now() - make_interval(secs => $10))::int),
+               d.status = 'delivering' AND d.scheduled_at > now() - make_interval(secs => $8))::int),
            lease_until = now() + make_interval(secs => $2)
       FROM chosen, task t
      WHERE d.id = chosen.id AND t.id = d.task_id
@@ -179,7 +180,9 @@ async def claim_by_receiver(
         patience_seconds: since a schedule began, in which an attempt that a relay died with spends nothing of it.
         without: owners whose due deliveries are passed over.
     """
-    narrow = rooms or {}
+    narrow: dict[str, dict[str, int]] = {}
+    for receiver, less in (rooms or {}).items():
+        narrow.setdefault(receiver.owner, {})[receiver.origin] = less
     rows = await db.fetch(
         _CLAIM_DUE,
         limit,
@@ -187,10 +190,8 @@ async def claim_by_receiver(
         after.owner,
         RECEIVERS_AT_ONCE,
         room,
-        [receiver.origin for receiver in narrow],
-        list(narrow.values()),
+        json.dumps(narrow),
         after.origin,
-        [receiver.owner for receiver in narrow],
         patience_seconds,
         list(without),
     )

@@ -98,9 +98,11 @@ WITH RECURSIVE orphaned AS (
      WHERE status = 'pending' AND origin IS NULL AND next_at <= now()
      ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
 ), walk (owner, origin, steps) AS (
-    (SELECT owner, CASE WHEN owner = ANY ($9) THEN '{BEYOND}' ELSE origin END, 1 FROM webhook_delivery
-      WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $7)
-      ORDER BY owner, origin LIMIT 1)
+    SELECT first.owner, CASE WHEN first.owner = ANY ($9) THEN '{BEYOND}' ELSE first.origin END, 1
+      FROM (
+        SELECT owner, origin FROM webhook_delivery
+         WHERE status = 'pending' AND origin IS NOT NULL AND (owner, origin) > ($3, $7)
+         ORDER BY owner, origin LIMIT 1) AS first
     UNION ALL
     SELECT next.owner, CASE WHEN next.owner = ANY ($9) THEN '{BEYOND}' ELSE next.origin END, steps + 1
       FROM walk, LATERAL (

@@ -25,6 +25,7 @@ from app.routers import (
     methods,
     openapi,
     problems,
+    schedules,
     tasks,
     trials,
     webhook_secrets,
@@ -81,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
     api.include_router(trials.router)
+    api.include_router(schedules.router)
     api.include_router(health.router)
     if not open_to_all:
         api.include_router(documentation.router)

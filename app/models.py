@@ -5,7 +5,8 @@ at most a hint to it. A row of `webhook_delivery` is one event that somebody
 is to hear of, and one of `webhook_attempt` a try to tell them. `webhook_secret`
 holds what signs an owner's webhooks, sealed, and `webhook_test` a test event
 for as long as somebody waits to hear what came of it. A row of `api_key` is all
-that is kept of a key: enough to know it again.
+that is kept of a key: enough to know it again. A row of `schedule` says when
+tasks are submitted by themselves, and one of `schedule_run` that it was done.
 """
 
 from datetime import datetime
@@ -36,7 +37,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import Field, SQLModel
 
 from app.core.scopes import Scope
-from app.core.statuses import TERMINAL, WAITING, DeliveryStatus, TaskStatus, WebhookEvent
+from app.core.statuses import TERMINAL, WAITING, CatchUp, DeliveryStatus, Overlap, TaskStatus, WebhookEvent
 
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
 """Publish positions: each message's place in line, so that a lost one is missed."""
@@ -114,6 +115,10 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     """On whose behalf it was submitted; empty where nobody has to say who they are."""
     rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
     """The ended task that this one runs again."""
+    schedule: str | None = Field(default=None, sa_column=Column(Text))
+    """The name of the schedule that submitted it."""
+    scheduled_for: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """For which of its times, whenever that was."""
     traceparent: str | None = Field(default=None, sa_column=Column(Text))
     """The W3C trace context of the submit, which every attempt and webhook continues."""
 
@@ -385,3 +390,75 @@ class ApiKey(SQLModel, table=True):
     revoked_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     last_used_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     """When it last opened something, to a minute or so."""
+
+
+class Schedule(SQLModel, table=True):
+    """When a task is submitted by itself. `version` is the fence of everybody who decides about it."""
+
+    __tablename__ = "schedule"
+    __table_args__ = (
+        CheckConstraint("(cron IS NULL) <> (every_seconds IS NULL)", name="schedule_cron_or_interval"),
+        CheckConstraint("every_seconds >= 1", name="schedule_interval_range"),
+        CheckConstraint("jitter_seconds >= 0", name="schedule_jitter_range"),
+        CheckConstraint(f"catch_up IN ({_words(CatchUp)})", name="schedule_catch_up_known"),
+        CheckConstraint(f"overlap IN ({_words(Overlap)})", name="schedule_overlap_known"),
+        CheckConstraint("(next_run IS NULL) = (due_at IS NULL)", name="schedule_due_iff_next"),
+        # Times that have not come must not be fired, and are not lost by a decision that comes too early.
+        CheckConstraint("due_at >= next_run", name="schedule_due_after_next"),
+        CheckConstraint("NOT paused OR due_at IS NULL", name="schedule_not_due_while_paused"),
+        Index("schedule_due", "due_at", postgresql_where=text("due_at IS NOT NULL")),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    owner: str = Field(sa_column=Column(Text, primary_key=True, nullable=False))
+    name: str = Field(sa_column=Column(Text, primary_key=True, nullable=False))
+    task: str = Field(sa_column=Column(Text, nullable=False))
+    submit: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """What is submitted each time, as the body of a submit says it."""
+    cron: str | None = Field(default=None, sa_column=Column(Text))
+    time_zone: str = Field(sa_column=Column(Text, nullable=False))
+    every_seconds: float | None = Field(default=None, sa_column=Column(Float))
+    anchor: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    """The first time of an interval."""
+    start_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    end_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    jitter_seconds: float = Field(sa_column=Column(Float, nullable=False))
+    catch_up: CatchUp = Field(sa_column=Column(Text, nullable=False))
+    overlap: Overlap = Field(sa_column=Column(Text, nullable=False))
+    paused: bool = Field(sa_column=Column(Boolean, nullable=False))
+    version: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
+    """Grows with every write."""
+    next_run: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """The first time for which nothing has been decided; NULL: none is left, or it is paused."""
+    due_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When a relay is to decide about it: `next_run` and its jitter, or the next try after an error."""
+    last_run: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """The newest time for which a task was submitted."""
+    last_task_id: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    fired: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
+    skipped: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
+    """Times at which the last task had not ended."""
+    last_error: str | None = Field(default=None, sa_column=Column(Text))
+    failing_since: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    updated_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    """When its owner last said what it is to do."""
+
+
+class ScheduleRun(SQLModel, table=True):
+    """A time for which a schedule has submitted a task: there is one for each, whoever tries to.
+
+    It stands apart from the task, so that no other task pays for an index over it.
+    """
+
+    __tablename__ = "schedule_run"
+    __table_args__ = (
+        Index("schedule_run_fired", "fired_at"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    owner: str = Field(sa_column=Column(Text, primary_key=True, nullable=False))
+    schedule: str = Field(sa_column=Column(Text, primary_key=True, nullable=False))
+    scheduled_for: datetime = Field(sa_column=Column(DateTime(timezone=True), primary_key=True, nullable=False))
+    task_id: UUID = Field(sa_column=Column(Uuid, nullable=False))
+    fired_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))

@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import circuits, db, delivery, lifecycle, publisher
+from app import circuits, db, delivery, lifecycle, publisher, schedules
 from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
 from app.core import errors, limits, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.db import Database
 from app.keyring import Keyring, Ring
+from app.scheduler import Scheduler
 from app.trials import Trials
 from app.utils import sealing
 from app.utils.webhook import Outcome, Receipt, Sender
@@ -44,6 +45,7 @@ EXPORT_SECONDS = 10.0
 EXPORT_SHARE_OF_TIME = 0.02
 """How much of the time may be spent on counting the queues: the longer a backlog, the rarer its counts."""
 PRUNE_SECONDS = 5.0
+SCHEDULES_AT_ONCE = 100
 STRAY_SECONDS = 60.0
 GIVE_UP_SECONDS = 60.0
 GIVE_UP_RECEIVERS = 100
@@ -220,11 +222,12 @@ class Relay:
         return len(ended)
 
     async def prune(self) -> int:
-        """Remove a batch of what is past its time: ended tasks, tombstones, keys of submits, secrets, test events."""
+        """Remove a batch of what is past its time: ended tasks, tombstones, keys, notes, secrets, tests."""
         seconds = self.settings.retention_days * DAY_SECONDS
         pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget_keys(self.db, older_than_seconds=limits.KEY_SECONDS, limit=BATCH)
+        pruned += await schedules.forget(self.db, older_than_seconds=DAY_SECONDS, limit=BATCH)
         return pruned + await delivery.prune_secrets(self.db, limit=BATCH) + await self.trials.prune()
 
     async def deliver(self) -> int:
@@ -452,6 +455,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
         _every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
         _every(TICK_SECONDS, partial(_number, relay), "numbering events"),
+        _every(TICK_SECONDS, partial(_fire, Scheduler(relay.settings, relay.db)), "firing schedules"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
@@ -506,6 +510,11 @@ async def _hand_back(relay: Relay) -> None:
 
 async def _number(relay: Relay) -> None:
     while await relay.number_events() == BATCH:
+        pass
+
+
+async def _fire(scheduler: Scheduler) -> None:
+    while await scheduler.fire_due(limit=SCHEDULES_AT_ONCE) == SCHEDULES_AT_ONCE:
         pass
 
 

@@ -1,15 +1,16 @@
 """What travels over HTTP. Requests are strict: no field is unknown, no text is a number, no bool is one."""
 
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, LiteralString
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
-from app.core import limits
-from app.core.statuses import TaskStatus, WebhookEvent
+from app.core import cron, limits
+from app.core.statuses import CatchUp, Overlap, TaskStatus, WebhookEvent
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", flags=re.ASCII)
 
@@ -18,25 +19,34 @@ def _moment(value: object) -> datetime:
     if isinstance(value, str) and _RFC3339.fullmatch(value):
         try:
             # Moments that overflow in UTC are refused here, not by the database's driver.
-            moment = datetime.fromisoformat(value.upper()).astimezone(UTC)
+            return datetime.fromisoformat(value.upper()).astimezone(UTC)
         except (ValueError, OverflowError):
-            moment = None
-        if moment is not None:
-            return _near(moment)
+            pass
     raise PydanticCustomError(
         "moment", "Input should be a date and time with a time zone (RFC 3339), such as 2030-01-31T12:00:00Z"
     )
 
 
-def _near(moment: datetime) -> datetime:
+def _within_a_year(value: object) -> datetime:
+    moment = _moment(value)
     # A bound on what is stored, not a schedule: that goes by Postgres's clock.
     if not moment <= datetime.now(UTC) + timedelta(seconds=limits.AHEAD_SECONDS):
         raise PydanticCustomError("moment_far", "Input should be at most a year ahead")
     return moment
 
 
-Moment = Annotated[datetime, PlainValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
+def _within_a_century(value: object) -> datetime:
+    moment = _moment(value)
+    if not abs(moment.year - datetime.now(UTC).year) <= limits.SCHEDULE_YEARS:
+        raise PydanticCustomError("moment_far", "Input should be at most a hundred years away")
+    return moment
+
+
+_INSTANT = WithJsonSchema({"type": "string", "format": "date-time"})
+Moment = Annotated[datetime, PlainValidator(_within_a_year), _INSTANT]
 """A date and time with a time zone, as UTC."""
+FarMoment = Annotated[datetime, PlainValidator(_within_a_century), _INSTANT]
+"""A `Moment` that may be further away."""
 
 _TASK = "01a1fe4d-4e8a-73e7-9fae-b81ff55ba74f"
 _WEBHOOK = "52381371-9375-479a-ba44-7207e645f7e5"
@@ -539,6 +549,8 @@ class TaskRead(BaseModel):
     tags: list[str]
     cancel_requested: bool
     rerun_of: UUID | None
+    schedule: str | None = Field(description="The schedule that submitted it.")
+    scheduled_for: datetime | None = Field(description="For which of its times.")
     created_at: datetime
     run_at: datetime = Field(description="When it was or is due.")
     started_at: datetime | None = Field(description="When its newest attempt began.")
@@ -547,6 +559,129 @@ class TaskRead(BaseModel):
     progress: ProgressRead | None
     error: ErrorRead | None
     webhook: WebhookRead | None
+
+
+class ScheduleRequest(BaseModel):
+    """When a task is to be submitted by itself: at the times of `cron`, or each so many seconds (`every`)."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"cron": "30 2 * * mon-fri", "time_zone": "Europe/Berlin", "submit": {"task": "long_task"}},
+                {"every": 60, "overlap": "skip", "submit": {"task": "long_task", "kwargs": {"x": 2.5}}},
+            ]
+        },
+    )
+
+    cron: str | None = Field(
+        None, max_length=cron.TEXT_LIMIT, description="Five fields as in crontab(5), or `@daily` and its like."
+    )
+    every: float | None = Field(
+        None, ge=1, le=limits.YEAR_SECONDS, description="Seconds from each time to the next. Not with `cron`."
+    )
+    time_zone: str = Field("UTC", max_length=64, description="IANA name of the zone whose clocks `cron` means.")
+    jitter: float = Field(
+        0.0, ge=0, le=limits.DAY_SECONDS, description="Seconds by which each time is put off at most, drawn anew."
+    )
+    start: FarMoment | None = Field(None, description="No time is before it; the first one of an interval.")
+    end: FarMoment | None = Field(None, description="No time is after it.")
+    catch_up: CatchUp = Field(
+        CatchUp.ONE,
+        description="What is fired of times that were missed by more than a minute: `none`, the newest `one` unless a"
+        " later time is fired anyway, or `all`, the newest hundred at most.",
+    )
+    overlap: Overlap = Field(
+        Overlap.ALLOW, description="`skip` fires nothing while the last task of the schedule has not ended."
+    )
+    paused: bool = Field(False, description="Nothing is fired; times that come meanwhile are not caught up with.")
+    submit: SubmitRequest = Field(
+        description="What is submitted each time, as the body of a submit. It is due at once, so it has neither"
+        " `countdown` nor `eta`, and `expires` is in seconds; nor `unique_for`, since there is `overlap`."
+    )
+
+    @field_validator("cron")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        return None if value is None else _sound("cron", value, cron.Cron.parse)
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return _sound("time_zone", value, cron.zone)
+
+    @field_validator("every")
+    @classmethod
+    def _one_of_two(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("cron") is not None:
+            raise PydanticCustomError("cron_and_every", "Only one of cron and every can be given")
+        return value
+
+    @field_validator("end")
+    @classmethod
+    def _after_start(cls, value: datetime | None, info: ValidationInfo) -> datetime | None:
+        start = info.data.get("start")
+        if value is not None and start is not None and value < start:
+            raise PydanticCustomError("end_before_start", "Input should not be before start")
+        return value
+
+    @field_validator("submit")
+    @classmethod
+    def _relative(cls, value: SubmitRequest) -> SubmitRequest:
+        if value.countdown is not None or value.eta is not None or isinstance(value.expires, datetime):
+            raise PydanticCustomError("submit_times", "Can't have countdown, eta, or expires as a time")
+        if value.unique_for is not None:
+            raise PydanticCustomError("submit_unique", "Can't have unique_for: overlap says what it would")
+        return value
+
+
+def _sound(kind: LiteralString, value: str, read: Callable[[str], object]) -> str:
+    try:
+        read(value)
+    except ValueError as wrong:
+        raise PydanticCustomError(kind, "{sentence}", {"sentence": str(wrong)}) from None
+    return value
+
+
+class ScheduleRow(BaseModel):
+    """A schedule, and how far it has come."""
+
+    name: str
+    task: str
+    cron: str | None
+    every: float | None
+    time_zone: str
+    jitter: float
+    start: datetime | None
+    end: datetime | None
+    catch_up: CatchUp
+    overlap: Overlap
+    paused: bool
+    next_run: datetime | None = Field(description="Null if it is paused, or no time is left.")
+    last_run: datetime | None = Field(description="The newest time for which a task was submitted.")
+    last_task_id: UUID | None
+    fired: int = Field(description="Tasks that it has submitted.")
+    skipped: int = Field(description="Times at which its last task had not ended.")
+    last_error: str | None = Field(description="Why it can't be fired; it is tried again. Null since it was.")
+    failing_since: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class ScheduleRead(ScheduleRow):
+    """A schedule, what it submits, and when next."""
+
+    next_runs: list[datetime] = Field(description="The next times, five at most.")
+    submit: dict[str, Any] = Field(description="As it was given, but for the query of a webhook's URL.")
+
+
+class SchedulePage(BaseModel):
+    """Some schedules, by name."""
+
+    data: list[ScheduleRow]
+    next_cursor: str | None
 
 
 class Alive(BaseModel):

@@ -16,6 +16,8 @@
         ├── NoWebhook             404
         ├── SecretNotFound        404
         ├── TaskNotRegistered     404
+        ├── ScheduleNotFound      404
+        ├── ScheduleConflict      409
         ├── TaskEnded             409
         ├── WebhookNotDue         409
         ├── SecretNotStored       409
@@ -187,6 +189,21 @@ class TaskNotRegistered(RequestError):
 
     def __init__(self) -> None:
         super().__init__("No task of this name is registered")
+
+
+class ScheduleNotFound(RequestError):
+    """No schedule has this name."""
+
+    status, slug, title = 404, "schedule-not-found", "Schedule not found"
+
+    def __init__(self) -> None:
+        super().__init__("No schedule has this name")
+
+
+class ScheduleConflict(RequestError):
+    """The schedule can't be written: there are too many, or somebody else writes it all the time."""
+
+    status, slug, title = 409, "schedule-conflict", "Schedule conflict"
 
 
 class TaskEnded(RequestError):

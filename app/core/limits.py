@@ -15,3 +15,5 @@ KEY_SECONDS = DAY_SECONDS
 """How long the key of a submit stands for it."""
 TAGS = 20
 TAG_LENGTH = 64
+SCHEDULE_YEARS = 100
+"""How far away a schedule may begin, or end."""

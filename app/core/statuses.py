@@ -52,3 +52,20 @@ class DeliveryStatus(StrEnum):
     DELIVERED = "delivered"
     EXHAUSTED = "exhausted"
     """Every attempt of the schedule failed, or the receiver can never be reached."""
+
+
+class CatchUp(StrEnum):
+    """What a schedule does about the times that it has missed, because no relay ran or it could not be fired."""
+
+    NONE = "none"
+    ONE = "one"
+    """The newest is fired, unless one that was not missed is."""
+    ALL = "all"
+    """Each is fired, up to a limit."""
+
+
+class Overlap(StrEnum):
+    """What a schedule does at a time at which its last task has not ended."""
+
+    ALLOW = "allow"
+    SKIP = "skip"

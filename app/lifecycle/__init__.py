@@ -51,7 +51,17 @@ from app.lifecycle.rules import (
     decide,
 )
 from app.lifecycle.values import Bell, Claimed, Ended, Lease, NewTask, Remembered, Settled, SubmitKey, Submitted
-from app.lifecycle.waiting import cancel, expire, refuse, submit, take_due, take_lost, take_released, unpublish
+from app.lifecycle.waiting import (
+    cancel,
+    expire,
+    insert_fired,
+    refuse,
+    submit,
+    take_due,
+    take_lost,
+    take_released,
+    unpublish,
+)
 
 __all__ = [
     "CRASH_BUDGET",
@@ -98,6 +108,7 @@ __all__ = [
     "expired_leases",
     "forget",
     "forget_keys",
+    "insert_fired",
     "invariants",
     "most_waiting",
     "places",

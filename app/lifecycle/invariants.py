@@ -63,6 +63,8 @@ _BREACHES: Mapping[str, str] = {
          WHERE status = 'delivering' AND lease_until < now() - make_interval(secs => $1)""",
     "a webhook that is due is sent": """
         SELECT id FROM webhook_delivery WHERE status = 'pending' AND next_at < now() - make_interval(secs => $1)""",
+    "a schedule that is due is fired, or says why not": """
+        SELECT owner || '/' || name FROM schedule WHERE due_at < now() - make_interval(secs => $1)""",
     "what was removed is not there": """
         SELECT t.id FROM task t JOIN task_tombstone s ON s.id = t.id
          WHERE t.created_at < s.pruned_at AND $1::float8 IS NOT NULL""",

@@ -38,6 +38,8 @@ class TaskView:
     error: Error | None
     cancel_requested: bool
     rerun_of: UUID | None
+    schedule: str | None
+    scheduled_for: datetime | None
     webhook_url: str | None
     webhook_status: str | None
     webhook_attempt: int | None
@@ -47,7 +49,8 @@ class TaskView:
 _VIEW = """
 SELECT t.id, t.name, t.queue, t.status, t.attempt, t.failures, t.max_retries, t.tags, t.created_at, t.run_at,
        t.started_at, t.finished_at, t.expires_at, t.time_limit, t.progress, t.progress_message,
-       t.error_type, t.error_message, t.error_traceback, t.cancel_requested, t.rerun_of, t.webhook_url,
+       t.error_type, t.error_message, t.error_traceback, t.cancel_requested, t.rerun_of,
+       t.schedule, t.scheduled_for, t.webhook_url,
        d.status AS webhook_status, d.attempt AS webhook_attempt, d.next_at AS webhook_next_at
   FROM task t
   LEFT JOIN LATERAL (SELECT status, attempt, next_at FROM webhook_delivery

@@ -91,6 +91,26 @@ async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell
     )
 
 
+def insert_fired(source: str) -> str:
+    """The body of a CTE that inserts a task for each row of another CTE, which a schedule's statement has made.
+
+    They are due at once. Like those that were delayed they have no place in line yet: the feed gives them one, and
+    pushes their messages.
+
+    Args:
+        source: the name of a CTE with a column for each that is inserted here but the last two, and `expires_seconds`.
+    """
+    # `source` is a name that our own statements use, never input.
+    return f"""
+    INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
+                      traceparent, owner, schedule, scheduled_for, run_at, expires_at)
+    SELECT id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
+           traceparent, owner, schedule, scheduled_for, now(), now() + make_interval(secs => expires_seconds)
+      FROM {source}
+    RETURNING id
+    """
+
+
 # A row that was held back or released keeps its place; one that comes due gets a new one, in the order
 # in which the rows became due. Only a released row has had its turn, and goes ahead of all that wait.
 _TAKE_DUE = """

@@ -25,7 +25,7 @@ _DETAILS = {
     400: "The body is not JSON that this service reads.",
     401: "No API key was shown, or it is unknown, expired or revoked.",
     403: "The API key has not the scope that this needs.",
-    404: "Nothing has this id, or it has not what is asked for.",
+    404: "Nothing has this id or name, or it has not what is asked for.",
     409: "As things are, it can't be done; `detail` says why.",
     410: "The task ended so long ago that it was removed.",
     413: "The body is too large.",

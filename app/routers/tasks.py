@@ -186,6 +186,8 @@ def _task_read(found: lifecycle.TaskView) -> schemas.TaskRead:
         tags=list(found.tags),
         cancel_requested=found.cancel_requested,
         rerun_of=found.rerun_of,
+        schedule=found.schedule,
+        scheduled_for=found.scheduled_for,
         created_at=found.created_at,
         run_at=found.run_at,
         started_at=found.started_at,

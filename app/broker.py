@@ -9,14 +9,16 @@ The commands here are sent once. redis-py would repeat an LPUSH whose answer was
 lost up to ten times; we push again by position instead, when a message is missed.
 """
 
+import asyncio
 import base64
 import builtins
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from uuid import UUID, uuid4
 
 import redis.asyncio
@@ -26,6 +28,7 @@ from redis.backoff import NoBackoff
 
 from app.core import errors
 from app.core.config import TASK_NAME
+from app.core.stopping import stop
 
 COMMAND_TIMEOUT_SECONDS = 2.0
 ENVELOPE_VERSION = 1
@@ -37,6 +40,12 @@ MOST_ATTEMPTS = 2**31 - 2
 END_OF_LINE = 2**63 - 1
 """The position of the tail of an empty queue: everything that has a message lies below it."""
 RESULT_TTL_SECONDS = 3600
+META_KEY = "celery-task-meta-"
+"""What Celery puts before a task's id: the key of its result, and the channel where its end is told."""
+ALIVE_CHANNEL = "taskqueue-api"
+"""Where nothing is ever told: a subscription that is always there."""
+SILENCE_SECONDS = 10.0
+"""How long a subscription may be silent before Redis is asked whether it is there."""
 RAW_JSON_MARKER = "taskqueue.json"
 """Kombu type of a JSON text that must reach a client as it is (see `worker.results`)."""
 
@@ -240,11 +249,44 @@ class Broker:
         Raises:
             BrokerUnavailable: as `publish`.
         """
-        key = f"celery-task-meta-{task_id}"
+        key = f"{META_KEY}{task_id}"
         async with _translated(), self._redis.pipeline(transaction=True) as pipe:
             pipe.set(key, meta, ex=RESULT_TTL_SECONDS)
             pipe.publish(key, meta)
             await pipe.execute()
+
+    async def hear(self, wanted: AbstractSet[UUID], changed: asyncio.Event, heard: Callable[[UUID], None]) -> NoReturn:
+        """Hear of the ends of tasks (`put_result`) for as long as Redis answers, over one connection.
+
+        Args:
+            wanted: whose ends; a set that may change.
+            changed: set by whoever changes it.
+            heard: called for each end, and once for each task when its end can be heard from now on: it may have come
+                just before.
+
+        Raises:
+            BrokerUnavailable: as `publish`.
+        """
+        async with _translated(), self._redis.pubsub() as ears:
+            await ears.subscribe(ALIVE_CHANNEL)
+            changed.set()
+            subscribing = asyncio.create_task(_keep_subscribed(ears, wanted, changed))
+            try:
+                asked = False
+                while True:
+                    told = await ears.get_message(timeout=SILENCE_SECONDS)
+                    if subscribing.done():
+                        subscribing.result()
+                    if told is None and asked:
+                        raise errors.BrokerUnavailable("Redis is silent")
+                    asked = told is None
+                    if told is None:
+                        await ears.ping()
+                    elif told["type"] in {"message", "subscribe"}:
+                        with contextlib.suppress(ValueError):  # the channel where nothing is told
+                            heard(UUID(told["channel"].decode().removeprefix(META_KEY)))
+            finally:
+                await stop(subscribing)
 
     async def facts(self) -> dict[str, str]:
         """What the server says of itself: version, memory, and its configuration if it tells. Raises as `publish`."""
@@ -267,6 +309,22 @@ class Broker:
         """Close every connection."""
         with contextlib.suppress(redis.exceptions.RedisError, OSError):
             await self._redis.aclose(close_connection_pool=True)
+
+
+async def _keep_subscribed(
+    ears: redis.asyncio.client.PubSub, wanted: AbstractSet[UUID], changed: asyncio.Event
+) -> NoReturn:
+    """Subscribe to what is wanted, and to nothing else, whenever that has changed."""
+    subscribed: set[UUID] = set()
+    while True:
+        await changed.wait()
+        changed.clear()
+        new, gone = wanted - subscribed, subscribed - wanted
+        if new:
+            await ears.subscribe(*(f"{META_KEY}{one}" for one in new))
+        if gone:
+            await ears.unsubscribe(*(f"{META_KEY}{one}" for one in gone))
+        subscribed = (subscribed | new) - gone
 
 
 def encode_meta(task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str) -> bytes:

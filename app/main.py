@@ -13,7 +13,7 @@ from app.backlog import Backlog
 from app.broker import Broker
 from app.core import metrics, telemetry
 from app.core.config import Settings
-from app.core.stopping import stop
+from app.core.stopping import hearing, stop
 from app.db import Database
 from app.keys import Masters
 from app.publisher import Publisher
@@ -21,6 +21,7 @@ from app.routers import catalog as catalog_routes
 from app.routers import (
     documentation,
     door,
+    following,
     health,
     methods,
     openapi,
@@ -35,10 +36,13 @@ from app.routers.state import State
 from app.turns import Turns
 from app.utils.guard import EgressRules
 from app.utils.sealing import Seal
+from app.watch import Watch
 
 PROCESS_NAME = "api"
 APPLICATION_NAME = "taskqueue-api"
 MAX_CONNECTIONS = 10
+MAX_REDIS_CONNECTIONS = 5
+"""One of them listens."""
 RING_AGAIN_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
@@ -79,6 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api.include_router(tasks.router)
     api.include_router(catalog_routes.router)
+    api.include_router(following.router)
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
     api.include_router(trials.router)
@@ -109,7 +114,11 @@ class _Lifespan:
             stack.callback(metrics.serve(settings.metrics_port))
             db = Database(settings.postgres_dsn, max_connections=MAX_CONNECTIONS, application_name=APPLICATION_NAME)
             stack.push_async_callback(db.close)
-            broker = Broker(settings.redis_url.get_secret_value(), client_name=APPLICATION_NAME)
+            broker = Broker(
+                settings.redis_url.get_secret_value(),
+                client_name=APPLICATION_NAME,
+                max_connections=MAX_REDIS_CONNECTIONS,
+            )
             stack.push_async_callback(broker.close)
             publisher = Publisher(db, broker)
             stack.push_async_callback(stop, asyncio.create_task(_keep_ringing(publisher)))
@@ -118,6 +127,10 @@ class _Lifespan:
             guarded = door.Door.of(settings, db)
             if guarded is not None:
                 stack.push_async_callback(stop, asyncio.create_task(guarded.run()))
+            watch = Watch(db, broker)
+            stack.push_async_callback(stop, asyncio.create_task(_keep_watching(watch)))
+            stack.callback(watch.close)
+            stack.enter_context(hearing(watch.close))
             yield State(
                 settings=settings,
                 db=db,
@@ -129,6 +142,7 @@ class _Lifespan:
                 trial_turns=Turns("test events", of_one=trials.OWNER_WAITS, of_all=trials.ALL_WAIT),
                 redelivery_turns=Turns("redeliveries", of_one=1, of_all=webhooks.REDELIVERIES_AT_ONCE),
                 door=guarded,
+                watch=watch,
             )
 
 
@@ -139,4 +153,14 @@ async def _keep_ringing(publisher: Publisher) -> None:
             await publisher.run()
         except Exception:
             log.exception("the publisher stopped; it starts again")
+        await asyncio.sleep(RING_AGAIN_SECONDS)
+
+
+async def _keep_watching(watch: Watch) -> None:
+    # Whoever waits would wait in vain.
+    while True:
+        try:
+            await watch.run()
+        except Exception:
+            log.exception("the watch stopped; it starts again")
         await asyncio.sleep(RING_AGAIN_SECONDS)

@@ -101,6 +101,33 @@ def _status_and_end(row: Record) -> tuple[TaskStatus, Ended | None]:
     return found, ended_of(row) if found in TERMINAL else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What of a task changes while it is followed."""
+
+    status: TaskStatus
+    attempt: int
+    progress: float | None
+    progress_message: str | None
+    error_type: str | None
+
+
+_SNAPSHOTS = """
+SELECT id, status, attempt, progress, progress_message, error_type FROM task
+ WHERE id = ANY($1::uuid[]) AND ($2::text IS NULL OR owner = $2)
+"""
+
+
+async def snapshots(db: Database, task_ids: Sequence[UUID], *, owner: str | None = None) -> dict[UUID, Snapshot]:
+    """How far these tasks have come, those that are known; for our own processes, whosever they are, without `owner`."""
+    found = {}
+    for row in await db.fetch(_SNAPSHOTS, list(task_ids), owner):
+        columns = dict(row)
+        task_id, status = columns.pop("id"), TaskStatus(columns.pop("status"))
+        found[task_id] = Snapshot(status=status, **columns)
+    return found
+
+
 # `pg_postmaster_start_time`: leases that ran out while Postgres was away ran out for a fault of ours.
 _EXPIRED_LEASES = """
 SELECT id, attempt, token, failures, crashes, losses, refusals, max_retries FROM task

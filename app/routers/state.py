@@ -13,6 +13,7 @@ from app.routers.health import Readiness
 from app.turns import Turns
 from app.utils.guard import EgressRules
 from app.utils.sealing import Seal
+from app.watch import Watch
 
 
 class State(TypedDict):
@@ -28,6 +29,7 @@ class State(TypedDict):
     seal: Seal | None
     trial_turns: Turns
     redelivery_turns: Turns
+    watch: Watch
 
 
 def _state(request: Request) -> State:

@@ -3,13 +3,13 @@
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from app import lifecycle, schemas
 from app.core import errors, metrics
 from app.core.statuses import TaskStatus
-from app.routers import admission, body, door, openapi, problems
+from app.routers import admission, body, door, openapi, problems, waiting
 from app.routers.state import Resources, State
 
 PATH = "/api/tasks"
@@ -18,6 +18,11 @@ RETRY_AFTER_SECONDS = 1
 
 router = APIRouter(prefix=PATH, tags=["tasks"])
 
+Wait = Annotated[
+    float | None,
+    Query(ge=0, le=waiting.WAIT_LIMIT_SECONDS, description="Seconds to wait for the end of the task, at most."),
+]
+Prefer = Annotated[str | None, Header(description="`wait=…`: seconds to wait for the end of the task, at most.")]
 TaskId = Annotated[UUID, Path(alias="id", description="The `task_id` that the submit answered.")]
 
 _KEYED = {"parameters": [dict(openapi.KEY_PARAMETER)]}
@@ -29,12 +34,22 @@ _ACCEPTED_BATCH: dict[int | str, dict[str, Any]] = {
 _CANCELLED: dict[int | str, dict[str, Any]] = {
     202: {"model": schemas.StatusRead, "description": "The task runs; its code will be told."}
 }
-_NOT_READY: dict[int | str, dict[str, Any]] = {
+_APPLIED = {"Preference-Applied": {"description": "`wait=…`, if that was preferred.", "schema": {"type": "string"}}}
+_RESULT: dict[int | str, dict[str, Any]] = {
+    200: {"headers": _APPLIED},
     202: {
         "model": schemas.NotReady,
         "description": "The task has not ended.",
-        "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-    }
+        "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}} | _APPLIED,
+    },
+}
+_VALIDATORS = {
+    "ETag": {"description": "Changes with the answer.", "schema": {"type": "string"}},
+    "Cache-Control": {"description": "`private, no-cache`", "schema": {"type": "string"}},
+}
+_STATUS: dict[int | str, dict[str, Any]] = {
+    200: {"headers": _VALIDATORS},
+    304: {"description": "The status is the one that `If-None-Match` names.", "headers": _VALIDATORS},
 }
 
 
@@ -89,26 +104,71 @@ def _in_batch(index: int, pointer: str) -> str:
     return f"/tasks/{index}{pointer}"
 
 
-@router.get(f"{ONE}/status", responses=problems.responses(404, 410, 422, 503))
-async def read_status(task_id: TaskId, state: Resources, caller: door.Reader) -> schemas.StatusRead:
-    """Where the task is in its life."""
+@router.get(
+    f"{ONE}/status",
+    response_model=schemas.StatusRead,
+    responses=_STATUS | problems.responses(404, 410, 422, 503),
+)
+async def read_status(
+    task_id: TaskId,
+    state: Resources,
+    caller: door.Reader,
+    if_none_match: Annotated[str | None, Header(max_length=2000)] = None,
+) -> Response:
+    """Where the task is in its life. With the `ETag` of an earlier answer in `If-None-Match`, only what is new."""
     found = await lifecycle.status(state["db"], task_id, owner=caller.owner)
     if found is None:
         raise await absent(task_id, state, caller)
-    return schemas.StatusRead(status=found)
+    # The status is all that the answer says, so it tells answers apart, byte for byte.
+    headers = {"ETag": f'"{found}"', "Cache-Control": "private, no-cache"}
+    if if_none_match is not None and _names(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    return Response(f'{{"status":"{found}"}}', headers=headers, media_type="application/json")
+
+
+def _names(if_none_match: str, etag: str) -> bool:
+    """Whether the condition is met by this entity tag (RFC 9110, section 13.1.2)."""
+    tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+    return etag in tags or "*" in tags
 
 
 @router.get(
     f"{ONE}/result",
     response_model=schemas.ResultRead,
-    responses=_NOT_READY | problems.responses(404, 410, 422, 503),
+    responses=_RESULT | problems.responses(404, 410, 422, 503),
 )
-async def read_result(task_id: TaskId, state: Resources, caller: door.Reader) -> Response:
-    """How the task ended: its result, or null and why."""
+async def read_result(
+    task_id: TaskId,
+    request: Request,
+    state: Resources,
+    caller: door.Reader,
+    wait: Wait = None,
+    prefer: Prefer = None,
+) -> Response:
+    """How the task ended: its result, or null and why.
+
+    With `wait` the answer is held back until the task ends, for so many seconds at most. `Prefer: wait=…` (RFC 7240)
+    does the same. Where too many wait already, the answer comes at once.
+    """
+    seconds, applied = waiting.patience(wait, prefer)
+    ended = await _end(task_id, state, caller)
+    if ended is None and seconds > 0:
+        await waiting.for_end(request, state["watch"], task_id, seconds)
+        ended = await _end(task_id, state, caller)
+    answer = _result(ended)
+    answer.headers.update(applied)
+    return answer
+
+
+async def _end(task_id: UUID, state: State, caller: door.Caller) -> lifecycle.Ended | None:
+    """How the task ended; None if it has not. Raises why there is no such task."""
     found = await lifecycle.result(state["db"], task_id, owner=caller.owner)
     if found is None:
         raise await absent(task_id, state, caller)
-    _, ended = found
+    return found[1]
+
+
+def _result(ended: lifecycle.Ended | None) -> Response:
     if ended is None:
         not_ready = schemas.NotReady().model_dump()
         return JSONResponse(not_ready, 202, {"Retry-After": str(RETRY_AFTER_SECONDS)})

@@ -45,7 +45,7 @@ def test_each_second_is_fired_once_though_relays_are_killed(running: Stack, repo
     times = [row["scheduled_for"] for row in rows]
     late = [(row["created_at"] - row["scheduled_for"]).total_seconds() for row in rows]
     assert sorted(times) == [start + timedelta(seconds=n) for n in range(TIMES)], "each time has one task"
-    assert running.fetch("SELECT fired, skipped FROM schedule")[0] == (TIMES, 0)
+    assert tuple(running.fetch("SELECT fired, skipped FROM schedule")[0]) == (TIMES, 0)
     running.wait_ready()
     report(
         running.finish(

@@ -1,0 +1,191 @@
+"""Who waits for a task hears of it: of its end at once, of what it does before within a second.
+
+Whoever settles a task tells Redis (`Broker.put_result`). Each API process has
+one subscription there, to just the tasks that somebody waits for in it. What is
+heard is only a reason to look: one statement reads all rows that there is a
+reason to look at, and the same statement reads every row that is waited for once
+a second. So nobody's wait is a statement of its own, and with Redis away waits
+end a second later.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from uuid import UUID
+
+from app import lifecycle
+from app.broker import Broker
+from app.core import errors
+from app.core.statuses import TERMINAL
+from app.core.stopping import stop
+from app.db import Database
+from app.lifecycle import Snapshot
+
+PLACES = 2000
+"""How many may wait in one process at once."""
+LOOK_SECONDS = 1.0
+"""How often everything that is waited for is looked at."""
+LOOK_BATCH = 1000
+HEAR_AGAIN_SECONDS = 1.0
+SAME_OUTAGE_SECONDS = 30.0
+"""What is lost again so soon was not found, and is not worth another line in the log."""
+
+log = logging.getLogger(__name__)
+
+
+class Full(Exception):
+    """As many wait as may, or the process is about to end."""
+
+
+class Follower:
+    """One that waits for a task.
+
+    Attributes:
+        seen: how the task was when it was looked at last; None if it has not been, or is not there any more.
+        over: there is nothing to wait for any more: the task has ended or is gone, or this process ends.
+    """
+
+    def __init__(self, seen: Snapshot | None) -> None:
+        self.seen = seen
+        self.over = False
+        self._news = asyncio.Event()
+
+    def see(self, found: Snapshot | None) -> None:
+        """Take note of how the task is."""
+        self.over = self.over or found is None or found.status in TERMINAL
+        if self.over or found != self.seen:
+            self._news.set()
+        self.seen = found
+
+    def dismiss(self) -> None:
+        """End the wait, whatever the task does."""
+        self.over = True
+        self._news.set()
+
+    async def change(self, seconds: float) -> bool:
+        """Wait for a change, or the end of the wait, for so long at most. Returns whether there was one."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+        changed = self._news.is_set()
+        self._news.clear()
+        return changed or self.over
+
+    async def end(self, seconds: float) -> None:
+        """Wait until there is nothing to wait for, for so long at most."""
+        deadline = time.monotonic() + seconds
+        while not self.over and (left := deadline - time.monotonic()) > 0:
+            await self.change(left)
+
+
+class Watch:
+    """Those who wait in one process."""
+
+    def __init__(self, database: Database, broker: Broker, *, places: int | None = None) -> None:
+        self._db = database
+        self._broker = broker
+        self._places = PLACES if places is None else places
+        self._taken = 0
+        self._closed = False
+        self._followers: dict[UUID, set[Follower]] = {}
+        self._changed = asyncio.Event()
+        self._suspects: set[UUID] = set()
+        self._suspicion = asyncio.Event()
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody else may wait now."""
+        return self._closed or self._taken >= self._places
+
+    @contextlib.contextmanager
+    def follow(self, task_id: UUID, seen: Snapshot | None = None) -> Iterator[Follower]:
+        """Wait for a task within the block.
+
+        Args:
+            task_id: the task, which had not ended when it was last looked at.
+            seen: how it was then, if that is of interest.
+
+        Raises:
+            Full: if nobody else may wait now.
+        """
+        if self.full:
+            raise Full
+        follower = Follower(seen)
+        self._taken += 1
+        if task_id in self._followers:
+            # What happened since it was looked at was told before this one listened.
+            self._followers[task_id].add(follower)
+            self._suspect(task_id)
+        else:
+            self._followers[task_id] = {follower}
+            self._changed.set()
+        try:
+            yield follower
+        finally:
+            self._taken -= 1
+            self._followers[task_id].discard(follower)
+            if not self._followers[task_id]:
+                del self._followers[task_id]
+                self._changed.set()
+
+    def close(self) -> None:
+        """Let everybody go, and nobody else in: this process is about to end."""
+        self._closed = True
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.dismiss()
+
+    async def run(self) -> None:
+        """Listen and look until cancelled."""
+        hearing = asyncio.create_task(self._hear())
+        try:
+            await self._keep_looking()
+        finally:
+            await stop(hearing)
+
+    async def _hear(self) -> None:
+        lost_at = -math.inf
+        await self._changed.wait()  # Where nobody ever waits, no connection is made.
+        while True:
+            try:
+                await self._broker.hear(self._followers.keys(), self._changed, self._suspect)
+            except errors.BrokerUnavailable as away:
+                if time.monotonic() - lost_at > SAME_OUTAGE_SECONDS:
+                    log.warning("waits end up to a second later without Redis: %s", away)
+                lost_at = time.monotonic()
+            except Exception:
+                log.exception("listening to Redis failed; it starts again")
+            await asyncio.sleep(HEAR_AGAIN_SECONDS)
+
+    def _suspect(self, task_id: UUID) -> None:
+        self._suspects.add(task_id)
+        self._suspicion.set()
+
+    async def _keep_looking(self) -> None:
+        all_at = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, all_at - time.monotonic())):
+                    await self._suspicion.wait()
+            self._suspicion.clear()
+            everything = time.monotonic() >= all_at
+            suspects, self._suspects = self._suspects, set()
+            try:
+                await self._look(list(self._followers) if everything else [*suspects & self._followers.keys()])
+            except errors.DatabaseUnavailable as away:
+                log.debug("nobody hears of a task: %s", away)
+                everything = True
+            if everything:
+                all_at = time.monotonic() + LOOK_SECONDS
+
+    async def _look(self, task_ids: list[UUID]) -> None:
+        for begin in range(0, len(task_ids), LOOK_BATCH):
+            # Whoever comes while this is read may know more than it says.
+            waiting = {one: tuple(self._followers.get(one, ())) for one in task_ids[begin : begin + LOOK_BATCH]}
+            found = await lifecycle.snapshots(self._db, list(waiting))
+            for task_id, followers in waiting.items():
+                for follower in followers:
+                    follower.see(found.get(task_id))

@@ -1,0 +1,261 @@
+"""Waiting for a result, and asking for what is new."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from app import lifecycle, publisher
+from app.broker import Broker
+from app.core.config import Settings
+from app.db import Database
+from app.watch import Full, Watch
+from tests.integration.routers.conftest import Serve
+from tests.integration.routers.test_tasks import assert_problem, started
+from tests.support.network import closed_port
+from tests.support.waiting import until
+
+NEVER = 3600.0
+SOON = 5.0
+"""Seconds, of a busy machine; what fails here waits for ever."""
+
+
+@pytest.fixture
+async def broker(redis_url: str) -> AsyncIterator[Broker]:
+    wire = Broker(redis_url, client_name="test")
+    yield wire
+    await wire.close()
+
+
+@pytest.fixture
+async def deaf(
+    monkeypatch: pytest.MonkeyPatch, api_settings: Settings, serve: Serve
+) -> AsyncIterator[httpx.AsyncClient]:
+    """An API that never looks by itself: who waits is woken through Redis or not at all."""
+    monkeypatch.setattr("app.watch.LOOK_SECONDS", NEVER)
+    async with serve(api_settings) as client:
+        yield client
+
+
+async def settle(db: Database, task_id: UUID, outcome: lifecycle.Outcome) -> lifecycle.Ended:
+    held = lifecycle.Claim(task_id, 1, UUID(int=task_id.int ^ 1))
+    settled = await lifecycle.settle(db, held, lifecycle.decide(lifecycle.Budgets(max_retries=0), outcome))
+    assert settled is not None
+    assert settled.ended is not None
+    return settled.ended
+
+
+def asking(
+    api: httpx.AsyncClient, task_id: UUID, wait: float = 25, *, prefer: str | None = None
+) -> "asyncio.Task[httpx.Response]":
+    path = f"/api/tasks/{task_id}/result"
+    if prefer is not None:
+        return asyncio.create_task(api.get(path, headers={"prefer": prefer}))
+    return asyncio.create_task(api.get(path, params={"wait": wait}))
+
+
+async def waited_for(broker: Broker, *tasks: UUID) -> None:
+    """Return once an API listens for the ends of these tasks, and of no others."""
+    wanted = {f"celery-task-meta-{task_id}".encode() for task_id in tasks}
+
+    async def listens() -> bool:
+        return set(await broker._redis.pubsub_channels("celery-task-meta-*")) == wanted
+
+    await until(listens, SOON, "a subscription")
+
+
+@pytest.mark.parametrize("prefer", [None, "respond-async, wait=20"])
+async def test_who_waits_gets_the_result_when_the_task_ends(
+    deaf: httpx.AsyncClient, db: Database, broker: Broker, prefer: str | None
+) -> None:
+    task_id = await started(db)
+    answers = [asking(deaf, task_id, prefer=prefer) for _ in range(3)]
+    await waited_for(broker, task_id)
+    ended = await settle(db, task_id, lifecycle.Succeeded('{"pages": 3}'))
+    assert not any(one.done() for one in answers)
+    await publisher.announce_end(broker, ended)
+    async with asyncio.timeout(SOON):
+        for answer in await asyncio.gather(*answers):
+            assert (answer.status_code, answer.json()) == (200, {"result": {"pages": 3}})
+            assert answer.headers.get("preference-applied") == ("wait=20" if prefer else None)
+    await waited_for(broker)
+
+
+async def test_an_end_that_nobody_told_of_is_found_a_second_later(
+    api: httpx.AsyncClient, db: Database, broker: Broker
+) -> None:
+    task_id = await started(db)
+    answer = asking(api, task_id)
+    await waited_for(broker, task_id)
+    await settle(db, task_id, lifecycle.Failed(lifecycle.Error(type="E", message="m")))
+    async with asyncio.timeout(SOON):
+        assert (await answer).json() == {"result": None, "error": {"type": "E", "message": "m"}}
+
+
+async def test_without_redis_who_waits_hears_of_the_end_all_the_same(
+    api_settings: Settings, serve: Serve, db: Database
+) -> None:
+    url = SecretStr(f"redis://127.0.0.1:{closed_port()}/0")
+    async with serve(api_settings.model_copy(update={"redis_url": url})) as client:
+        task_id = await started(db)
+        answer = asking(client, task_id)
+        await asyncio.sleep(0)
+        await settle(db, task_id, lifecycle.Succeeded("1"))
+        async with asyncio.timeout(SOON):
+            assert (await answer).json() == {"result": 1}
+
+
+async def test_a_task_that_does_not_end_in_time_is_not_available_yet(api: httpx.AsyncClient, db: Database) -> None:
+    task_id = await started(db)
+    began = time.monotonic()
+    answer = await asking(api, task_id, wait=0.3)
+    assert time.monotonic() - began >= 0.3
+    assert (answer.status_code, answer.json()) == (202, {"detail": "Result not available yet"})
+    assert answer.headers["retry-after"] == "1"
+
+
+async def test_a_cancel_over_http_wakes_who_waits(deaf: httpx.AsyncClient, broker: Broker) -> None:
+    created = await deaf.post("/api/tasks/submit", json={"countdown": 600})
+    task_id = UUID(created.json()["task_id"])
+    answer = asking(deaf, task_id)
+    await waited_for(broker, task_id)
+    await deaf.post(f"/api/tasks/{task_id}/cancel")
+    async with asyncio.timeout(SOON):
+        assert (await answer).json()["error"]["type"] == "Cancelled"
+
+
+async def test_what_is_not_there_is_not_waited_for(api: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(SOON):
+        assert_problem(await asking(api, uuid4()), 404)
+
+
+@pytest.mark.parametrize("wait", ["26", "-1", "nan", "inf", "soon", "", "1e9"])
+async def test_a_bad_wait_is_refused(api: httpx.AsyncClient, wait: str) -> None:
+    answer = await api.get(f"/api/tasks/{uuid4()}/result", params={"wait": wait})
+    assert_problem(answer, 422, "/wait")
+
+
+async def test_where_too_many_wait_the_answer_comes_at_once(
+    api_settings: Settings, serve: Serve, db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.watch.PLACES", 2)
+    async with serve(api_settings) as client:
+        first, second, third = [await started(db) for _ in range(3)]
+        waiting = [asking(client, task_id) for task_id in (first, second)]
+        await waited_for(broker, first, second)
+        async with asyncio.timeout(SOON):
+            answer = await asking(client, third)
+        assert (answer.status_code, answer.headers["retry-after"]) == (202, "1")
+        assert_problem(await client.get(f"/api/tasks/{third}/events"), 503)
+        for task_id in (first, second):
+            await publisher.announce_end(broker, await settle(db, task_id, lifecycle.Succeeded("1")))
+        await asyncio.gather(*waiting)
+        answer = await asking(client, third, wait=0.1)
+        assert answer.status_code == 202
+
+
+@pytest.fixture
+async def watch(db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watch]:
+    monkeypatch.setattr("app.watch.LOOK_SECONDS", NEVER)
+    one = Watch(db, broker, places=3)
+    running = asyncio.create_task(one.run())
+    yield one
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_an_end_before_the_subscription_is_not_missed(watch: Watch, db: Database) -> None:
+    task_id = await started(db)
+    await settle(db, task_id, lifecycle.Succeeded("1"))
+    with watch.follow(task_id) as first:
+        async with asyncio.timeout(SOON):
+            await first.end(NEVER)
+        assert first.over
+        # And there is a subscription already.
+        with watch.follow(task_id) as second:
+            async with asyncio.timeout(SOON):
+                await second.end(NEVER)
+            assert second.over
+
+
+async def test_a_task_that_is_removed_is_not_waited_for_any_longer(watch: Watch) -> None:
+    with watch.follow(uuid4()) as follower:
+        async with asyncio.timeout(SOON):
+            await follower.end(NEVER)
+        assert (follower.over, follower.seen) == (True, None)
+
+
+async def test_a_subscription_that_broke_is_made_again(
+    watch: Watch, db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.watch.HEAR_AGAIN_SECONDS", 0.05)
+    task_id = await started(db)
+    with watch.follow(task_id) as follower:
+        await waited_for(broker, task_id)
+        # Nobody tells of it, and nobody looks, until a subscription is there again.
+        await settle(db, task_id, lifecycle.Succeeded("1"))
+        [listening] = [one for one in await broker._redis.client_list(_type="pubsub") if await _is_ours(one, broker)]
+        await broker._redis.client_kill_filter(_id=listening["id"])
+        async with asyncio.timeout(SOON):
+            await follower.end(NEVER)
+        assert follower.over
+
+
+async def _is_ours(client: dict[str, str], broker: Broker) -> bool:
+    """Whether a client of Redis is connected to this test's database."""
+    return client["db"] == str(broker._redis.connection_pool.connection_kwargs["db"])
+
+
+async def test_places_are_given_back(watch: Watch) -> None:
+    for _ in range(3):
+        with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
+            assert watch.full
+            with pytest.raises(Full), watch.follow(uuid4()):
+                pass
+        assert not watch.full
+
+
+async def test_who_waits_is_let_go_when_the_process_ends(watch: Watch, db: Database, broker: Broker) -> None:
+    task_id = await started(db)
+    with watch.follow(task_id) as follower:
+        ending = asyncio.create_task(follower.end(NEVER))
+        await waited_for(broker, task_id)
+        watch.close()
+        async with asyncio.timeout(SOON):
+            await ending
+        with pytest.raises(Full), watch.follow(uuid4()):
+            pass
+
+
+async def test_a_status_that_is_known_is_not_sent_again(api: httpx.AsyncClient, db: Database) -> None:
+    task_id = await started(db)
+    path = f"/api/tasks/{task_id}/status"
+    first = await api.get(path)
+    assert (first.status_code, first.json()) == (200, {"status": "STARTED"})
+    assert (first.headers["etag"], first.headers["cache-control"]) == ('"STARTED"', "private, no-cache")
+    for known in ('"STARTED"', 'W/"STARTED"', '"PENDING", "STARTED"', "*"):
+        again = await api.get(path, headers={"if-none-match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", '"STARTED"')
+    for other in ('"PENDING"', "STARTED", "", '"START'):
+        assert (await api.get(path, headers={"if-none-match": other})).status_code == 200
+    await settle(db, task_id, lifecycle.Succeeded("1"))
+    assert (await api.get(path, headers={"if-none-match": '"STARTED"'})).json() == {"status": "SUCCESS"}
+    assert_problem(await api.get(f"/api/tasks/{uuid4()}/status", headers={"if-none-match": "*"}), 404)
+
+
+async def test_openapi_declares_how_to_wait_and_follow(api: httpx.AsyncClient) -> None:
+    paths: dict[str, Any] = (await api.get("/openapi.json")).json()["paths"]
+    result = paths["/api/tasks/{id}/result"]["get"]
+    assert {one["name"] for one in result["parameters"]} == {"id", "wait", "prefer"}
+    assert set(result["responses"]) == {"200", "202", "404", "410", "422", "503"}
+    assert set(result["responses"]["202"]["headers"]) == {"Retry-After", "Preference-Applied"}
+    status = paths["/api/tasks/{id}/status"]["get"]
+    assert set(status["responses"]) == {"200", "304", "404", "410", "422", "503"}
+    events = paths["/api/tasks/{id}/events"]["get"]
+    assert set(events["responses"]) == {"200", "204", "404", "410", "422", "503"}
+    assert set(events["responses"]["200"]["content"]) == {"text/event-stream"}

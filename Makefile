@@ -81,6 +81,10 @@ bench-webhooks: $(VENV)/.dev ## Measure one relay's webhooks a second against a 
 bench-fairness: $(VENV)/.dev ## Measure whether a receiver that never answers slows a thousand others
 	@exec $(BIN)/python -m benchmarks.fairness $(BENCH_ARGS)
 
+.PHONY: bench-waiting
+bench-waiting: $(VENV)/.dev ## Measure how soon a long poll is answered, and what a thousand of them cost
+	@exec $(BIN)/python -m benchmarks.waiting $(BENCH_ARGS)
+
 ##@ Kubernetes
 
 .PHONY: image

@@ -119,7 +119,7 @@ SELECT id, status, attempt, progress, progress_message, error_type FROM task
 
 
 async def snapshots(db: Database, task_ids: Sequence[UUID], *, owner: str | None = None) -> dict[UUID, Snapshot]:
-    """How far these tasks have come, those that are known; for our own processes, whosever they are, without `owner`."""
+    """How far these tasks have come, those that are known; without `owner` for our own processes."""
     found = {}
     for row in await db.fetch(_SNAPSHOTS, list(task_ids), owner):
         columns = dict(row)

@@ -142,6 +142,7 @@ async def read_result(
     request: Request,
     state: Resources,
     caller: door.Reader,
+    *,
     wait: Wait = None,
     prefer: Prefer = None,
 ) -> Response:

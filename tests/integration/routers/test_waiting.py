@@ -14,6 +14,7 @@ from app import lifecycle, publisher
 from app.broker import Broker
 from app.core.config import Settings
 from app.db import Database
+from app.routers import following
 from app.watch import Full, Watch
 from tests.integration.routers.conftest import Serve
 from tests.integration.routers.test_tasks import assert_problem, started
@@ -230,6 +231,24 @@ async def test_who_waits_is_let_go_when_the_process_ends(watch: Watch, db: Datab
             await ending
         with pytest.raises(Full), watch.follow(uuid4()):
             pass
+
+
+async def test_a_stream_that_is_silent_is_kept_alive_and_ends_in_time(
+    watch: Watch, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.routers.following.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("app.routers.following.STREAM_SECONDS", 0.2)
+    task_id = await started(db)
+    found = (await lifecycle.snapshots(db, [task_id]))[task_id]
+    async with asyncio.timeout(SOON):
+        sent = [chunk async for chunk in following._events(watch, task_id, found, last_event_id=None)]
+    assert sent[0] == "retry: 1000\n\n"
+    assert sent[1].startswith("id: 1.STARTED.")
+    assert len(sent) > 3
+    assert set(sent[2:]) == {":\n\n"}
+    with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
+        late = [chunk async for chunk in following._events(watch, task_id, found, last_event_id=None)]
+    assert late == sent[:2], "where nobody else may wait, a stream ends at once and is asked for again"
 
 
 async def test_a_status_that_is_known_is_not_sent_again(api: httpx.AsyncClient, db: Database) -> None:

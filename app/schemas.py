@@ -527,6 +527,8 @@ class TaskRead(BaseModel):
             "tags": ["nightly"],
             "cancel_requested": False,
             "rerun_of": None,
+            "schedule": None,
+            "scheduled_for": None,
             "created_at": "2030-01-31T12:00:00Z",
             "run_at": "2030-01-31T12:00:00Z",
             "started_at": "2030-01-31T12:00:00.125Z",

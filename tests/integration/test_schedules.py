@@ -178,7 +178,7 @@ async def test_what_must_not_overlap_waits_for_the_end_of_the_last_task(db: Data
     [task] = await tasks_of(db)
     assert (after.last_task_id, after.last_run) == (task["id"], task["scheduled_for"])
 
-    await lifecycle.cancel(db, task["id"])
+    await lifecycle.cancel(db, task["id"], owner=OWNER)
     await _make_due(db)
     await scheduler.fire_due(limit=10)
     assert len(await tasks_of(db)) == 2

@@ -73,6 +73,10 @@ demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count wha
 bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_ARGS="--explain" shows the plans
 	@exec $(BIN)/python -m benchmarks.backlog $(BENCH_ARGS)
 
+.PHONY: bench-listing
+bench-listing: $(VENV)/.dev ## Measure what finding tasks costs among a million, filter by filter
+	@exec $(BIN)/python -m benchmarks.listing $(BENCH_ARGS)
+
 .PHONY: bench-webhooks
 bench-webhooks: $(VENV)/.dev ## Measure one relay's webhooks a second against a bare httpx client
 	@exec $(BIN)/python -m benchmarks.webhooks $(BENCH_ARGS)

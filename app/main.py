@@ -17,21 +17,26 @@ from app.core.stopping import hearing, stop
 from app.db import Database
 from app.keys import Masters
 from app.publisher import Publisher
-from app.routers import catalog as catalog_routes
 from app.routers import (
+    attempts,
     documentation,
     door,
+    explain,
     following,
     health,
+    jobs,
+    listing,
     methods,
     openapi,
     problems,
+    reruns,
     schedules,
     tasks,
     trials,
     webhook_secrets,
     webhooks,
 )
+from app.routers import catalog as catalog_routes
 from app.routers.state import State
 from app.turns import Turns
 from app.utils.guard import EgressRules
@@ -81,7 +86,13 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url="/openapi.json" if open_to_all else None,
         generate_unique_id_function=openapi.operation_id,
     )
+    # Before the routes with an id: `counts` is none.
+    api.include_router(listing.router)
+    api.include_router(jobs.router)
     api.include_router(tasks.router)
+    api.include_router(reruns.router)
+    api.include_router(attempts.router)
+    api.include_router(explain.router)
     api.include_router(catalog_routes.router)
     api.include_router(following.router)
     api.include_router(webhooks.router)
@@ -134,6 +145,7 @@ class _Lifespan:
             yield State(
                 settings=settings,
                 db=db,
+                broker=broker,
                 publisher=publisher,
                 backlog=backlog,
                 rules=EgressRules.from_settings(settings),

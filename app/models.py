@@ -37,7 +37,18 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlmodel import Field, SQLModel
 
 from app.core.scopes import Scope
-from app.core.statuses import TERMINAL, WAITING, CatchUp, DeliveryStatus, Overlap, TaskStatus, WebhookEvent
+from app.core.statuses import (
+    TERMINAL,
+    WAITING,
+    AttemptOutcome,
+    CatchUp,
+    DeliveryStatus,
+    JobKind,
+    JobStatus,
+    Overlap,
+    TaskStatus,
+    WebhookEvent,
+)
 
 task_position = Sequence("task_position", metadata=SQLModel.metadata)
 """Publish positions: each message's place in line, so that a lost one is missed."""
@@ -96,6 +107,18 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
             postgresql_where=text(f"{_WAITING} AND expires_at IS NOT NULL"),
         ),
         Index("task_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        # Lists: each status of an owner's in the order of creation, which `lifecycle.listing` merges; the ends of an
+        # owner's in theirs; and what failed, by its error. A success is in the first two only.
+        Index("task_listed", "owner", "status", "created_at", "id"),
+        Index("task_ended", "owner", "finished_at", "id", postgresql_where=text("finished_at IS NOT NULL")),
+        Index(
+            "task_errors",
+            "owner",
+            "error_type",
+            "created_at",
+            "id",
+            postgresql_where=text("error_type IS NOT NULL AND status <> 'SUCCESS'"),
+        ),
         {"postgresql_with": {"fillfactor": 85, "autovacuum_vacuum_scale_factor": 0.02}},
     )
 
@@ -199,6 +222,86 @@ class UniqueTask(SQLModel, table=True):
     digest: bytes = Field(sa_column=Column(LargeBinary, primary_key=True))
     """SHA-256 of owner, name and arguments."""
     task_id: UUID | None = Field(default=None, sa_column=Column(Uuid))
+
+
+class TaskAttempt(SQLModel, table=True):
+    """An attempt that has ended, and its last log lines.
+
+    One that succeeded and logged nothing has no row: that of its task says all there is. It goes with its task.
+    """
+
+    __tablename__ = "task_attempt"
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="task_attempt_numbered"),
+        CheckConstraint(f"outcome IN ({_words(AttemptOutcome)})", name="task_attempt_outcome_known"),
+        CheckConstraint("octet_length(log::text) <= 32768", name="task_attempt_log_size"),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    task_id: UUID = Field(sa_column=Column(ForeignKey("task.id", ondelete="CASCADE"), primary_key=True, nullable=False))
+    number: int = Field(sa_column=Column(Integer, primary_key=True, autoincrement=False, nullable=False))
+    """The task's `attempt` at that time."""
+    started_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    ended_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    worker: str | None = Field(default=None, sa_column=Column(Text))
+    outcome: AttemptOutcome = Field(sa_column=Column(Text, nullable=False))
+    error_type: str | None = Field(default=None, sa_column=Column(Text))
+    error_message: str | None = Field(default=None, sa_column=Column(Text))
+    error_traceback: str | None = Field(default=None, sa_column=Column(Text))
+    log: Any | None = Field(default=None, sa_column=Column(JSON))
+    """The last lines that its code logged, an array of objects; NULL: none."""
+    log_dropped: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    """Lines before those."""
+
+
+class Worker(SQLModel, table=True):
+    """A worker that consumes queues, as it says itself every few seconds."""
+
+    __tablename__ = "worker"
+
+    name: str = Field(sa_column=Column(Text, primary_key=True))
+    """Host and process id."""
+    queues: list[str] = Field(sa_column=Column(ARRAY(Text), nullable=False))
+    slots: int = Field(sa_column=Column(Integer, nullable=False))
+    busy: int = Field(sa_column=Column(Integer, nullable=False))
+    seen_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+
+
+class Job(SQLModel, table=True):
+    """Something to be done to every task that passes a filter: in steps, by any relay."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        CheckConstraint(f"kind IN ({_words(JobKind)})", name="job_kind_known"),
+        CheckConstraint(f"status IN ({_words(JobStatus)})", name="job_status_known"),
+        CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="job_finished_iff_not_running"),
+        Index("job_running", "stepped_at", postgresql_where=text("status = 'running'")),
+        Index("job_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+    )
+
+    id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    owner: str = Field(sa_column=Column(Text, nullable=False))
+    kind: JobKind = Field(sa_column=Column(Text, nullable=False))
+    filter: dict[str, Any] = Field(sa_column=Column(JSON, nullable=False))
+    """Which tasks, as `lifecycle.jobs` writes it."""
+    status: JobStatus = Field(
+        default=JobStatus.RUNNING, sa_column=Column(Text, nullable=False, server_default=text("'running'"))
+    )
+    acted: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
+    """Tasks that it was done to."""
+    passed_over: int = Field(default=0, sa_column=Column(BigInteger, nullable=False, server_default=text("0")))
+    """Tasks that had moved on in between."""
+    mark_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """With `mark_id`, where the next step goes on."""
+    mark_id: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    token: UUID | None = Field(default=None, sa_column=Column(Uuid))
+    """Random, written by whoever takes a step: the fence."""
+    lease_until: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    traceparent: str | None = Field(default=None, sa_column=Column(Text))
+    created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    stepped_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    """When its newest step was taken: jobs take turns."""
+    finished_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
 
 
 class TaskTombstone(SQLModel, table=True):

@@ -23,6 +23,7 @@ from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
 from app.core import errors, limits, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
+from app.core.statuses import JobKind
 from app.db import Database
 from app.keyring import Keyring, Ring
 from app.scheduler import Scheduler
@@ -222,13 +223,32 @@ class Relay:
         return len(ended)
 
     async def prune(self) -> int:
-        """Remove a batch of what is past its time: ended tasks, tombstones, keys, notes, secrets, tests."""
+        """Remove a batch of what is past its time: tasks, jobs, tombstones, keys, notes, secrets, tests."""
         seconds = self.settings.retention_days * DAY_SECONDS
         pruned = await lifecycle.prune(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget(self.db, older_than_seconds=seconds, limit=BATCH)
+        pruned += await lifecycle.forget_jobs(self.db, older_than_seconds=seconds, limit=BATCH)
         pruned += await lifecycle.forget_keys(self.db, older_than_seconds=limits.KEY_SECONDS, limit=BATCH)
         pruned += await schedules.forget(self.db, older_than_seconds=DAY_SECONDS, limit=BATCH)
         return pruned + await delivery.prune_secrets(self.db, limit=BATCH) + await self.trials.prune()
+
+    async def work_on_jobs(self) -> int:
+        """Take a step of the job whose turn it is. One that makes tasks waits while too many wait already."""
+        mine = await lifecycle.take_step(self.db)
+        if mine is None:
+            return 0
+        if mine.kind is JobKind.RERUN and await self._too_many_wait():
+            return 0
+        stepped = await lifecycle.step(self.db, mine)
+        await publisher.announce_ends(self.broker, stepped.ended)
+        return stepped.acted
+
+    async def _too_many_wait(self) -> bool:
+        cap = self.settings.max_backlog
+        # The first costs nothing to ask, and is never less than the second.
+        if await lifecycle.most_waiting(self.db) < cap:
+            return False
+        return await lifecycle.count_waiting(self.db, limit=cap) >= cap
 
     async def deliver(self) -> int:
         """Start sending the webhooks that are due, as many as may be on their way at once."""
@@ -456,6 +476,7 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
         _every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
         _every(TICK_SECONDS, partial(_number, relay), "numbering events"),
         _every(TICK_SECONDS, partial(_fire, Scheduler(relay.settings, relay.db)), "firing schedules"),
+        _every(TICK_SECONDS, relay.work_on_jobs, "acting on many tasks"),
         _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
         _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
         _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),

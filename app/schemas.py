@@ -6,11 +6,29 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, LiteralString
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.core import cron, limits
-from app.core.statuses import CatchUp, Overlap, TaskStatus, WebhookEvent
+from app.core.statuses import (
+    AttemptOutcome,
+    CatchUp,
+    JobKind,
+    JobStatus,
+    Overlap,
+    Reason,
+    TaskStatus,
+    WebhookEvent,
+)
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", flags=re.ASCII)
 
@@ -684,6 +702,173 @@ class SchedulePage(BaseModel):
 
     data: list[ScheduleRow]
     next_cursor: str | None
+
+
+def _storable(text: str) -> str:
+    if "\x00" in text:
+        raise PydanticCustomError("nul", "Input must not hold NUL")
+    return text
+
+
+Word = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_storable)]
+"""A name to look for."""
+
+
+class TaskFilter(BaseModel):
+    """Which tasks are meant: all that is given must hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    status: Annotated[list[TaskStatus], Field(max_length=len(TaskStatus))] = Field(
+        [], description="One of these; repeat it to name several."
+    )
+    task: Word | None = Field(None, description="Name of the task.")
+    queue: Word | None = Field(None, description="Where it waits, or waited.")
+    tag: Word | None = Field(None, description="One of its tags.")
+    error_type: Word | None = Field(None, description="Type of the error that it shows.")
+    created_after: Moment | None = Field(None, description="Submitted at this time or later.")
+    created_before: Moment | None = Field(None, description="Submitted before this time.")
+    finished_after: Moment | None = Field(None, description="Ended at this time or later.")
+    finished_before: Moment | None = Field(None, description="Ended before this time.")
+
+
+class BulkFilter(TaskFilter):
+    """Which tasks something is done to: one part of the filter at least."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "minProperties": 1,
+            "examples": [{"tag": "nightly", "created_before": "2030-01-31T12:00:00Z"}, {"error_type": "TimeoutError"}],
+        }
+    )
+
+
+class JobCreated(BaseModel):
+    """It goes on in the background."""
+
+    job_id: UUID
+
+
+class JobRead(BaseModel):
+    """How far a job has come."""
+
+    job_id: UUID
+    kind: JobKind
+    status: JobStatus
+    done: int = Field(description="Tasks that it was done to so far.")
+    passed_over: int = Field(description="Tasks that had moved on before it could be done to them.")
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class TaskQuery(TaskFilter):
+    """A page of tasks."""
+
+    cursor: str | None = Field(
+        None, pattern=r"^[cf][0-9]{1,17}\.[0-9a-f]{32}$", description="The `next_cursor` of the page before."
+    )
+    limit: int = Field(50, ge=1, le=100, description="Tasks of a page at most.")
+
+
+class FactsRead(BaseModel):
+    """What an explanation rests on. Times are in seconds; null is what does not matter now, or is not known."""
+
+    due_in: float | None = Field(description="Until it is due.")
+    expires_in: float | None = Field(description="Until it is not worth starting any more.")
+    ahead: int | None = Field(description="Tasks of its queue that come before it; 10,001 stands for more than 10,000.")
+    queue_depth: int | None = Field(description="Messages of its queue in Redis.")
+    consumers: int | None = Field(description="Workers that consume its queue, and were seen in the last 30 s.")
+    running_for: float | None
+    lease_left: float | None = Field(description="Until its lease ends; negative if it has ended.")
+    worker: str | None
+    progress: ProgressRead | None
+    ended_ago: float | None
+
+
+class ExplanationRead(BaseModel):
+    """Why a task is where it is."""
+
+    status: TaskStatus
+    reason: Reason = Field(description="For programs.")
+    explanation: str = Field(description="For people.")
+    facts: FactsRead
+
+
+class LogLine(BaseModel):
+    """A line that the code of a task has logged."""
+
+    at: datetime
+    level: str
+    logger: str
+    message: str = Field(description="Cut to 2,000 characters.")
+
+
+class TraceRead(ErrorRead):
+    """Why an attempt did not succeed."""
+
+    traceback: str | None = Field(description="Null where no code of the task's raised.")
+
+
+class RunRead(BaseModel):
+    """One attempt of a task."""
+
+    number: int = Field(description="1 for the first.")
+    started_at: datetime | None
+    ended_at: datetime | None = Field(description="Null while it runs.")
+    worker: str | None = Field(description="Host and process that ran it.")
+    outcome: AttemptOutcome | None = Field(description="Null while it runs.")
+    error: TraceRead | None
+    log: list[LogLine] = Field(description="The last lines that its code logged, 50 at most.")
+    log_dropped: int = Field(description="How many lines came before those.")
+
+
+class RunPage(BaseModel):
+    """Some attempts of a task, the first one first."""
+
+    data: list[RunRead]
+    next_cursor: str | None
+
+
+class TaskSummary(BaseModel):
+    """A task in a list."""
+
+    task_id: UUID
+    status: TaskStatus
+    task: str
+    queue: str
+    attempt: int = Field(description="Times it was started.")
+    failures: int
+    max_retries: int
+    tags: list[str]
+    cancel_requested: bool
+    rerun_of: UUID | None
+    created_at: datetime
+    run_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: ErrorRead | None = Field(description="Its message is cut to 500 characters.")
+
+
+class TaskPage(BaseModel):
+    """Some tasks, newest first."""
+
+    data: list[TaskSummary]
+    next_cursor: str | None = Field(
+        description="Where to go on. It may be there though `data` is short, or empty: a page looks at 10,000 tasks."
+    )
+
+
+class CountRead(BaseModel):
+    """How many tasks have a status."""
+
+    count: int
+    at_least: bool = Field(description="There are more: no more than 10,000 are counted.")
+
+
+class CountsRead(BaseModel):
+    """How many tasks have each status."""
+
+    data: dict[TaskStatus, CountRead]
 
 
 class Alive(BaseModel):

@@ -219,6 +219,19 @@ async def _reads(side: Side, operations: int) -> Calls:
     known: list[UUID] = [row["id"] for row in found]
     for task_id in known:
         yield "status", lambda task_id=task_id: lifecycle.status(db, task_id)  # type: ignore[misc]
+    now = await lifecycle.clock(db)
+    lists = {
+        "page of 10": ("", lifecycle.Filter()),
+        "page of 10, by end": ("", lifecycle.Filter(finished_before=now)),
+        "page of 10, somebody else": ("nobody", lifecycle.Filter(finished_before=now)),
+        "page of 10, by error": ("", lifecycle.Filter(error_type="Nobody")),
+    }
+    for what, (owner, wanted) in lists.items():
+        for _ in range(_some(operations, 10)):
+            yield (
+                what,
+                lambda owner=owner, wanted=wanted: lifecycle.page(db, owner, wanted, limit=10),  # type: ignore[misc]
+            )
     for _ in range(_some(operations, 10)):
         yield "places 10", lambda: lifecycle.places(db, known[:10])
     for row in found[: _some(operations, 10)]:

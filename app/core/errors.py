@@ -16,9 +16,11 @@
         ├── NoWebhook             404
         ├── SecretNotFound        404
         ├── TaskNotRegistered     404
+        ├── JobNotFound           404
         ├── ScheduleNotFound      404
         ├── ScheduleConflict      409
         ├── TaskEnded             409
+        ├── TaskUnfinished        409
         ├── WebhookNotDue         409
         ├── SecretNotStored       409
         ├── ResultExpired         410
@@ -173,6 +175,15 @@ class NoWebhook(RequestError):
         super().__init__("The task was submitted without a webhook_url")
 
 
+class JobNotFound(RequestError):
+    """No job has this id."""
+
+    status, slug, title = 404, "job-not-found", "Job not found"
+
+    def __init__(self) -> None:
+        super().__init__("No job has this id")
+
+
 class SecretNotFound(RequestError):
     """The caller has no webhook secret with this id, or it has expired."""
 
@@ -213,6 +224,15 @@ class TaskEnded(RequestError):
 
     def __init__(self) -> None:
         super().__init__("The task has ended")
+
+
+class TaskUnfinished(RequestError):
+    """The task has not ended, so it can't be run again."""
+
+    status, slug, title = 409, "task-unfinished", "Task unfinished"
+
+    def __init__(self) -> None:
+        super().__init__("The task has not ended; cancel it, or wait")
 
 
 class WebhookNotDue(RequestError):

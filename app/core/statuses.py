@@ -26,6 +26,62 @@ WAITING = frozenset({TaskStatus.PENDING, TaskStatus.RETRY})
 TERMINAL = frozenset({TaskStatus.SUCCESS, TaskStatus.FAILURE, TaskStatus.REVOKED})
 
 
+class AttemptOutcome(StrEnum):
+    """How an attempt ended, whatever that meant for its task."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    """Its code raised, or it ran past its time limit."""
+    RELEASED = "released"
+    """Its worker stopped and handed the task back."""
+    CRASHED = "crashed"
+    """Its process died."""
+    LOST = "lost"
+    """Its worker was lost."""
+    REFUSED = "refused"
+    """The arguments did not fit the task as its worker has it."""
+    CANCELLED = "cancelled"
+
+
+class JobKind(StrEnum):
+    """What is done to many tasks."""
+
+    CANCEL = "cancel"
+    RERUN = "rerun"
+
+
+class JobStatus(StrEnum):
+    """How far that has come."""
+
+    RUNNING = "running"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    """Somebody stopped it; what it has done stays done."""
+
+
+class Reason(StrEnum):
+    """Why a task is where it is."""
+
+    ENDED = "ended"
+    RUNNING = "running"
+    CANCEL_REQUESTED = "cancel_requested"
+    """It runs, and was asked to stop."""
+    WORKER_SILENT = "worker_silent"
+    """It should be running, but its lease is not renewed any more."""
+    NOT_DUE = "not_due"
+    QUEUE_UNKNOWN = "queue_unknown"
+    """No relay looks after its queue."""
+    REDIS_AWAY = "redis_away"
+    QUEUE_FULL = "queue_full"
+    """It waits for room in Redis."""
+    NO_CONSUMER = "no_consumer"
+    UNPUBLISHED = "unpublished"
+    """It is due, and a relay will publish it."""
+    MESSAGE_GONE = "message_gone"
+    """Its message has left the queue: it is being claimed, or was lost."""
+    IN_LINE = "in_line"
+
+
 class WebhookEvent(StrEnum):
     """What somebody may hear of."""
 

@@ -8,10 +8,10 @@ decides anything.
 from collections.abc import Sequence
 
 from app import delivery
-from app.core.statuses import TERMINAL, TaskStatus
+from app.core.statuses import TERMINAL, AttemptOutcome, TaskStatus
 from app.db import Database
 from app.lifecycle.rules import Claim, Transition
-from app.lifecycle.values import Claimed, Lease, Settled, budgets_of, settled_of
+from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settled_of
 
 EARLY_CLAIM_SECONDS = 1.0
 """How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
@@ -132,7 +132,8 @@ async def renew(db: Database, claims: Sequence[Claim], *, lease_seconds: float) 
 # so that it can tell, after a lost answer, its own hand from another's.
 _TOLD = TERMINAL | {TaskStatus.RETRY}
 _NEXT = "CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE $4 END"
-_SETTLE = f"""
+_AGAIN = f"{_NEXT} IN ('PENDING', 'RETRY')"
+_MOVED = f"""
 WITH moved AS (
     UPDATE task
        SET status = {_NEXT},
@@ -152,10 +153,24 @@ WITH moved AS (
            losses = losses + ($10 = 'losses')::int,
            refusals = refusals + ($10 = 'refusals')::int,
            token = CASE WHEN $11 THEN token END,
+           progress = CASE WHEN {_AGAIN} THEN NULL ELSE progress END,
+           progress_message = CASE WHEN {_AGAIN} THEN NULL ELSE progress_message END,
            event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
      WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
-    RETURNING {delivery.told_columns()}, error_traceback
+    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker
 ), hook AS ({delivery.intend("moved", _TOLD)})
+"""
+_SETTLE = f"""{_MOVED}
+SELECT * FROM moved
+"""
+
+# An attempt that succeeded and logged nothing is known from the row of its task, and costs no more than that UPDATE.
+_SETTLE_AND_KEEP = f"""{_MOVED}, kept AS (
+    INSERT INTO task_attempt (task_id, number, started_at, worker, outcome, error_type, error_message, error_traceback,
+                              log, log_dropped)
+    SELECT id, attempt, started_at, worker, $13, $6, $7, $8, $14::json, $15 FROM moved
+    ON CONFLICT DO NOTHING
+)
 SELECT * FROM moved
 """
 
@@ -165,13 +180,19 @@ SELECT id, status, result, error_type, error_message, error_traceback, finished_
 """
 
 
-async def settle(db: Database, held: Claim, transition: Transition) -> Settled | None:
+async def settle(db: Database, held: Claim, transition: Transition, log: Log | None = None) -> Settled | None:
     """Write what became of the attempt that this process ran. Durable when it returns; safe to repeat.
+
+    Args:
+        db: where.
+        held: the attempt.
+        transition: what it means for the task.
+        log: what its code has logged, if anything.
 
     Returns:
         Where the task went; None if the claim was superseded, and nothing was written.
     """
-    return await _settle(db, held, transition, own_hand=True, only_expired=False)
+    return await _settle(db, held, transition, own_hand=True, only_expired=False, log=log)
 
 
 async def settle_for(db: Database, held: Claim, transition: Transition) -> Settled | None:
@@ -185,11 +206,13 @@ async def reap(db: Database, held: Claim, transition: Transition) -> Settled | N
 
 
 async def _settle(
-    db: Database, held: Claim, transition: Transition, *, own_hand: bool, only_expired: bool
+    db: Database, held: Claim, transition: Transition, *, own_hand: bool, only_expired: bool, log: Log | None = None
 ) -> Settled | None:
     error = transition.error
+    keeps = log is not None or transition.outcome is not AttemptOutcome.SUCCEEDED
+    history = (str(transition.outcome), log and log.lines, log.dropped if log else 0) if keeps else ()
     row = await db.fetchrow(
-        _SETTLE,
+        _SETTLE_AND_KEEP if keeps else _SETTLE,
         held.task_id,
         held.attempt,
         held.token,
@@ -202,6 +225,7 @@ async def _settle(
         transition.spends or "none",
         own_hand,
         only_expired,
+        *history,
     )
     if row is None and own_hand:
         # A first copy of this statement may have been applied without an answer. Only a statement of its own,

@@ -32,9 +32,10 @@ WITH wanted AS MATERIALIZED (
                id uuid, name text, queue text, args text, kwargs text, tags text[], webhook_url text,
                webhook_events text[], max_retries int, time_limit float8, traceparent text, owner text,
                delay_seconds float8, due_at timestamptz, expires_in_seconds float8, expires_at timestamptz,
-               unique_key text, unique_for_seconds float8)) WITH ORDINALITY
+               unique_key text, unique_for_seconds float8, rerun_of uuid)) WITH ORDINALITY
            AS w (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit, traceparent,
-                 owner, delay_seconds, due_at, expires_in_seconds, expires_at, unique_key, unique_for_seconds, item)
+                 owner, delay_seconds, due_at, expires_in_seconds, expires_at, unique_key, unique_for_seconds, rerun_of,
+                 item)
 ), known AS MATERIALIZED (
     SELECT w.*, u.task_id AS holder, t.id AS twin
       FROM wanted w
@@ -71,9 +72,9 @@ WITH wanted AS MATERIALIZED (
              WHERE (SELECT opens FROM gate) AND w.twin IS NULL ORDER BY item) o
 ), inserted AS (
     INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
-                      traceparent, owner, run_at, expires_at, position, published_at)
+                      traceparent, rerun_of, owner, run_at, expires_at, position, published_at)
     SELECT id, name, queue, args::json, kwargs::json, tags, webhook_url, webhook_events, max_retries, time_limit,
-           traceparent, owner, run_at,
+           traceparent, rerun_of, owner, run_at,
            COALESCE(expires_at, now() + make_interval(secs => expires_in_seconds)),
            place, CASE WHEN place IS NOT NULL AND may_push THEN now() END
       FROM placed
@@ -157,6 +158,7 @@ def _row(new: NewTask) -> dict[str, object]:
         "expires_at": None if new.expires_at is None else new.expires_at.isoformat(),
         "unique_key": None if new.unique_key is None else new.unique_key.hex(),
         "unique_for_seconds": new.unique_for_seconds,
+        "rerun_of": None if new.rerun_of is None else str(new.rerun_of),
     }
 
 

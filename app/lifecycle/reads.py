@@ -73,6 +73,48 @@ async def view(db: Database, task_id: UUID, *, owner: str = "") -> TaskView | No
     return TaskView(status=status, tags=tuple(columns.pop("tags")), error=error, **columns)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """A task as it was submitted, but for its times.
+
+    Attributes:
+        args: JSON text of an array.
+        kwargs: JSON text of an object.
+    """
+
+    status: TaskStatus
+    name: str
+    queue: str
+    args: str
+    kwargs: str
+    tags: tuple[str, ...]
+    webhook_url: str | None
+    webhook_events: tuple[str, ...] | None
+    max_retries: int
+    time_limit: float | None
+
+
+_AS_SUBMITTED = """
+SELECT status, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit
+  FROM task WHERE id = $1 AND owner = $2
+"""
+
+
+async def as_submitted(db: Database, task_id: UUID, *, owner: str) -> Original | None:
+    """How a task of `owner` was submitted; None if they have no such task."""
+    row = await db.fetchrow(_AS_SUBMITTED, task_id, owner)
+    if row is None:
+        return None
+    columns = dict(row)
+    events = columns.pop("webhook_events")
+    return Original(
+        status=TaskStatus(columns.pop("status")),
+        tags=tuple(columns.pop("tags")),
+        webhook_events=None if events is None else tuple(events),
+        **columns,
+    )
+
+
 async def status(db: Database, task_id: UUID, *, owner: str = "") -> TaskStatus | None:
     """The status of a task of `owner`; None if they have no such task."""
     found = await db.fetchval("SELECT status FROM task WHERE id = $1 AND owner = $2", task_id, owner)

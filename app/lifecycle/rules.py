@@ -11,7 +11,7 @@ from typing import Literal
 from uuid import UUID
 
 from app.core import backoff
-from app.core.statuses import TERMINAL, WAITING, TaskStatus
+from app.core.statuses import TERMINAL, WAITING, AttemptOutcome, TaskStatus
 
 TRANSITIONS: dict[TaskStatus, frozenset[TaskStatus]] = {
     TaskStatus.PENDING: frozenset({TaskStatus.STARTED, TaskStatus.FAILURE, TaskStatus.REVOKED}),
@@ -176,6 +176,24 @@ class Transition:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "terminal", self.status in TERMINAL)
+
+    @property
+    def outcome(self) -> AttemptOutcome:
+        """What became of the attempt, for its history."""
+        return _BY_STATUS.get(self.status) or _BY_BUDGET[self.spends or "failures"]
+
+
+_BY_STATUS = {
+    TaskStatus.SUCCESS: AttemptOutcome.SUCCEEDED,
+    TaskStatus.PENDING: AttemptOutcome.RELEASED,
+    TaskStatus.REVOKED: AttemptOutcome.CANCELLED,
+}
+_BY_BUDGET: dict[Budget, AttemptOutcome] = {
+    "failures": AttemptOutcome.FAILED,
+    "crashes": AttemptOutcome.CRASHED,
+    "losses": AttemptOutcome.LOST,
+    "refusals": AttemptOutcome.REFUSED,
+}
 
 
 def decide(budgets: Budgets, outcome: Outcome) -> Transition:

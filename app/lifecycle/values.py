@@ -163,6 +163,20 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """What an attempt's code has logged, as much of it as is kept.
+
+    Attributes:
+        lines: JSON text of an array of objects, the oldest first: `after` (seconds since the attempt began),
+            `level`, `logger`, `message`.
+        dropped: how many lines came before those.
+    """
+
+    lines: str
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """What a renewal found: whether the claim still holds, and whether its task is to be cancelled."""
 

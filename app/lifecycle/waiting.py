@@ -225,8 +225,7 @@ def _bells(rows: Sequence[Record]) -> list[Bell]:
     return sorted(bells, key=lambda bell: bell.position)
 
 
-_CANCEL = f"""
-WITH asked AS (
+CANCEL = f"""
     UPDATE task
        SET cancel_requested = true,
            status = CASE WHEN status = 'STARTED' THEN status ELSE 'REVOKED' END,
@@ -236,6 +235,10 @@ WITH asked AS (
            error_traceback = CASE WHEN status = 'STARTED' THEN error_traceback END,
            event_sequence = event_sequence
                           + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'REVOKED' END")}
+"""
+"""What a cancel does to the rows that its WHERE names, all of them unfinished."""
+_CANCEL = f"""
+WITH asked AS ({CANCEL}
      WHERE id = $1 AND owner = $2 AND status IN ('PENDING', 'RETRY', 'STARTED')
     RETURNING {delivery.told_columns()}, error_traceback
 ), hook AS ({delivery.intend("asked")})

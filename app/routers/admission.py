@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from fastapi import Request, Response
@@ -96,8 +96,9 @@ async def accept(
     *,
     key: lifecycle.SubmitKey | None,
     place: Place = as_submitted,
+    rerun_of: UUID | None = None,
 ) -> Accepted:
-    """Store tasks, all or none, and ring for those that are due.
+    """Store tasks, all or none, and ring for those that are due. They run `rerun_of` again, if that is given.
 
     Raises:
         ValidationFailed: naming all that is wrong, if anything is.
@@ -106,7 +107,7 @@ async def accept(
         DatabaseUnavailable: if Postgres is away; the tasks may be there all the same, as the same key will tell.
     """
     try:
-        new = await _new_tasks(request, state, caller, wanted, place)
+        new = [replace(one, rerun_of=rerun_of) for one in await _new_tasks(request, state, caller, wanted, place)]
         state["backlog"].admit(len(new))
     except errors.RequestError:
         # What was accepted once is answered again, even if it would be refused now.

@@ -5,6 +5,7 @@ from typing import Annotated, TypedDict, cast
 from fastapi import Depends, Request
 
 from app.backlog import Backlog
+from app.broker import Broker
 from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
@@ -21,6 +22,7 @@ class State(TypedDict):
 
     settings: Settings
     db: Database
+    broker: Broker
     publisher: Publisher
     backlog: Backlog
     rules: EgressRules

@@ -18,6 +18,8 @@ from app.core.config import Settings
 from app.db import Database
 from app.publisher import Publisher
 
+THREAD_NAME = "bridge"
+
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ class Bridge:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="bridge", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=THREAD_NAME, daemon=True)
         self._thread.start()
         self.db, self.broker, self.publisher = self.run(self._open())
 

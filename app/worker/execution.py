@@ -6,10 +6,10 @@ happened to the function (an outcome) is kept apart from what it means
 (`lifecycle.decide`) and from what is written (`lifecycle.settle`).
 """
 
+import asyncio
 import contextlib
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -30,10 +30,12 @@ from app import broker, db, lifecycle, publisher
 from app.core import backoff, errors
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, memory, signals
+from app.worker.journal import Journal
 from app.worker.slots import Running, Slots
 
 RESULT_LIMIT_BYTES = 1024 * 1024
 PROGRESS_INTERVAL_SECONDS = 0.5
+PROGRESS_MESSAGE_LIMIT = 500
 DYING_SECONDS = 5.0
 """How long a child waits for the keeper to kill it, after the death of its attempt was ordered."""
 
@@ -138,16 +140,71 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         return again
 
 
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """How far a task says that it is."""
+
+    fraction: float
+    message: str | None
+
+
+class _Progress:
+    """What an attempt says of how far it is, on its way to Postgres: twice a second, and the last of it in the end.
+
+    The task's thread and the bridge's share it without a lock: the task may be interrupted anywhere, and must not
+    take a lock along. At worst both find that somebody should write, and the newest is written twice.
+    """
+
+    def __init__(self, here: bridge.Bridge, claim: Claim) -> None:
+        self._here = here
+        self._claim = claim
+        self._newest: _Report | None = None
+        self._written: _Report | None = None
+        self._writing = False
+        self._complete = False
+
+    def show(self, report: _Report) -> None:
+        """Have this written soon, unless there is something newer by then."""
+        self._newest = report
+        # The end is not kept waiting: the attempt may be over before the next turn. Once.
+        completes = report.fraction >= 1.0 and not self._complete
+        if completes or not self._writing:
+            self._complete = self._complete or completes
+            self._writing = True
+            self._here.start(self._write())
+
+    async def _write(self) -> None:
+        while True:
+            newest = self._newest
+            if newest is not None and newest is not self._written:
+                self._written = newest
+                await self._record(newest)
+                await asyncio.sleep(PROGRESS_INTERVAL_SECONDS)
+                continue
+            self._writing = False
+            # Looked at again: what came in between has found that somebody writes.
+            if self._newest is newest:
+                return
+            self._writing = True
+
+    async def _record(self, report: _Report) -> None:
+        try:
+            await lifecycle.record_progress(self._here.db, self._claim, report.fraction, report.message)
+        except (errors.DatabaseUnavailable, errors.StatementRefused) as away:
+            log.debug("progress was not recorded: %s", away)
+
+
 @dataclass(slots=True)
 class _Attempt:
     """What this process is running. One at a time: a pool child has one main thread."""
 
     claimed: Claimed
     started: float
-    progress_shown: float = -math.inf
+    progress: _Progress
     heard_soft_limit: bool = False
 
 
+_journal = Journal()
 _running: _Attempt | None = None
 _slots: Slots | None = None
 _slot: int | None = None
@@ -184,11 +241,13 @@ def run_attempt(task: DurableTask) -> None:
             raise Ignore
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
         _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
+        _journal.begin()
         outcome = _perform(task, claimed)
         signals.hold()
+        logged = _journal.end()
         # Its time limits end here: however long the settle waits for Postgres, the task is done.
         _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
-        settled = _settle(claimed, outcome)
+        settled = _settle(claimed, outcome, logged)
         _tell(claimed, outcome, settled)
     finally:
         _clear(wanted)
@@ -226,7 +285,7 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
     global _running  # noqa: PLW0603  # one at a time
     # Celery computes the backoff from this; crashes and releases must not lengthen it.
     task.request.retries = claimed.budgets.failures
-    _running = _Attempt(claimed, time.monotonic())
+    _running = _Attempt(claimed, time.monotonic(), _Progress(bridge.current(), claimed.claim))
     try:
         arguments = _bound(task, claimed)
         with memory.allowance(bridge.current().settings.task_memory_mebibytes):
@@ -302,9 +361,9 @@ def _attempted(describe: Callable[[], str]) -> str | None:
         return None
 
 
-def _settle(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
+def _settle(claimed: Claimed, outcome: Outcome, logged: lifecycle.Log | None) -> lifecycle.Settled | None:
     try:
-        return _write(claimed, outcome)
+        return _write(claimed, outcome, logged)
     except errors.StatementRefused as refused:
         # What can't be stored ends the task all the same; raised from here it would be run again and again.
         log.error("the outcome of task %s can't be stored: %s", claimed.claim.task_id, refused)  # noqa: TRY400
@@ -312,10 +371,10 @@ def _settle(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
         return _write(claimed, Failed(Error(type=kind, message=str(refused))))
 
 
-def _write(claimed: Claimed, outcome: Outcome) -> lifecycle.Settled | None:
+def _write(claimed: Claimed, outcome: Outcome, logged: lifecycle.Log | None = None) -> lifecycle.Settled | None:
     here = bridge.current()
     transition = lifecycle.decide(claimed.budgets, outcome)
-    return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition), what="a settle"))
+    return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition, logged), what="a settle"))
 
 
 def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None) -> None:
@@ -386,24 +445,17 @@ def progress(fraction: float, message: str | None = None) -> None:
         fraction: from 0 to 1; clipped.
         message: for people; cut to 500 characters.
 
-    Outside a worker this does nothing. At most two are written each second. Raises as `checkpoint`.
+    Outside a worker this does nothing. At most two are written each second, and of those in between the last one,
+    unless the attempt is over by then. Raises as `checkpoint`.
     """
     checkpoint()
     attempt = _running
-    now = time.monotonic()
-    if attempt is None or (now - attempt.progress_shown < PROGRESS_INTERVAL_SECONDS and fraction < 1.0):
+    if attempt is None:
         return
-    attempt.progress_shown = now
-    here = bridge.current()
-    clean = message.replace("\x00", "")[:500] if message else None
-    here.start(_record(here, attempt.claimed.claim, min(1.0, max(0.0, float(fraction))), clean))
-
-
-async def _record(here: bridge.Bridge, claim: Claim, fraction: float, message: str | None) -> None:
-    try:
-        await lifecycle.record_progress(here.db, claim, fraction, message)
-    except errors.DatabaseUnavailable as away:
-        log.debug("progress was not recorded: %s", away)
+    clean = message[:PROGRESS_MESSAGE_LIMIT].replace("\x00", "") if message else None
+    # Whatever a task says, it can be stored: half a surrogate pair can't.
+    clean = clean.encode("utf-8", "replace").decode("utf-8") if clean else None
+    attempt.progress.show(_Report(min(1.0, max(0.0, float(fraction))), clean))
 
 
 def current_failures() -> int:

@@ -11,7 +11,7 @@ children show (`slots`), and
 - tells an attempt once that it has passed its soft time limit,
 - tells an attempt whose cancel was asked for, and ends it if it does not listen,
 - kills an attempt that was superseded, so that its slot does useful work again,
-- serves the worker's metrics,
+- serves the worker's metrics, and says every few seconds that the worker is there,
 - hands back tasks that this worker does not know, which the main process names
   on the keeper's standard input.
 
@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Coroutine
@@ -41,6 +42,8 @@ from app.worker.slots import Slot, Slots
 
 LOOK_SECONDS = 0.2
 """How often the slots are looked at: for dead children and passed limits."""
+PRESENCE_SECONDS = 10.0
+"""How often Postgres is told that this worker is there."""
 RENEW_SECONDS = 1.0
 """How often Postgres is asked about what runs; a lease is only written when a third of it is used."""
 CANCEL_GRACE_SECONDS = 5.0
@@ -69,6 +72,7 @@ class Keeper:
         self._settings = settings
         self._slots = slots
         self._worker_pid = worker_pid
+        self._name = f"{socket.gethostname()}/{worker_pid}"
         self._db = Database(
             settings.postgres_dsn,
             max_connections=1,
@@ -88,6 +92,7 @@ class Keeper:
         commands = asyncio.create_task(self._take_commands())
         renewals = asyncio.create_task(self._renew_forever())
         metrics_server = asyncio.create_task(self._serve_metrics())
+        presence = asyncio.create_task(self._announce_forever())
         try:
             # Should one of them end, this keeper is no good any more, and the worker starts another.
             while self._worker_lives() and not (renewals.done() or commands.done()):
@@ -97,7 +102,9 @@ class Keeper:
             if not self._worker_lives():
                 await self._settle_the_rest()
         finally:
-            await stopping.stop(commands, renewals, metrics_server, *self._busy.values())
+            await stopping.stop(commands, renewals, metrics_server, presence, *self._busy.values())
+            if not self._worker_lives():
+                await self._leave()
             await self._broker.close()
             await self._db.close()
 
@@ -223,6 +230,24 @@ class Keeper:
         if self._slots.order_soft_limit(slot.index, claim):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(slot.pid, signal.SIGUSR1)
+
+    async def _announce_forever(self) -> None:
+        """Say that the worker is there, until it takes no more messages."""
+        while not self._slots.stopping:
+            busy = sum(slot.running is not None for slot in self._slots.all())
+            try:
+                await lifecycle.announce(
+                    self._db, self._name, queues=self._settings.queues, slots=self._settings.concurrency, busy=busy
+                )
+            except errors.DatabaseUnavailable as away:
+                log.debug("nobody was told that this worker is there: %s", away)
+            await asyncio.sleep(PRESENCE_SECONDS)
+        await self._leave()
+
+    async def _leave(self) -> None:
+        # Without an answer it counts as there for a while longer, and nothing depends on that.
+        with contextlib.suppress(errors.DatabaseUnavailable):
+            await lifecycle.leave(self._db, self._name)
 
     async def _serve_metrics(self) -> None:
         """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""

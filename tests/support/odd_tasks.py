@@ -1,7 +1,9 @@
 """Tasks that do what tasks should not, for the tests of the worker."""
 
+import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import ItemsView
 from pathlib import Path
@@ -50,6 +52,40 @@ def raise_(kind: str) -> None:
         "nul": ValueError("a\x00b\ud800"),
     }
     raise kinds[kind]
+
+
+@task("odd.log", max_retries=1, autoretry_for=(OSError,), retry_backoff=True)
+def log(kind: str, lines: int = 1) -> str:
+    """Log what tasks log, and what they should not."""
+    own = logging.getLogger("odd.tasks")
+    if kind == "lines":
+        for number in range(lines):
+            own.info("line %d", number)
+    elif kind == "odd":
+        own.info("fits %d", "not")
+        own.warning("a\x00b\ud800 %s", "x" * 10_000)
+        threading.Thread(target=own.error, args=("from a thread",)).start()
+        own.debug("below the level")
+        try:
+            os.environ[kind]
+        except KeyError:
+            own.exception("caught")
+    elif kind == "fail":
+        own.info("before it failed")
+        raise OSError("no such page")
+    elif kind == "die":
+        own.info("before it died")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return kind
+
+
+@task("odd.report")
+def report(times: int, seconds: float) -> None:
+    """Say very often how far it is, then once more, and go on for that long."""
+    for number in range(times):
+        task.progress(number / times / 2, f"step {number}")
+    task.progress(0.75, "the last\ud800\x00 word")
+    time.sleep(seconds)
 
 
 @task("odd.hold_the_gil", time_limit=1.5)

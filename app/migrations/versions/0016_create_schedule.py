@@ -1,13 +1,13 @@
 """Create `schedule` and `schedule_run`, and let a task say which of them submitted it, and for which time.
 
-Revision: 0016, after 0013.
+Revision: 0016, after 0014.
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0016"
-down_revision = "0013"
+down_revision = "0014"
 branch_labels = None
 depends_on = None
 

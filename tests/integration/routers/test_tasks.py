@@ -454,7 +454,7 @@ async def test_a_private_webhook_is_admitted_in_development(api_settings: Settin
 
 
 async def test_a_fault_of_ours_is_a_500_without_its_reason(api: httpx.AsyncClient, db: Database) -> None:
-    await db.execute("DROP TABLE webhook_delivery CASCADE")
+    await db.execute("DROP TABLE webhook_delivery, task_attempt CASCADE")
     await db.execute("ALTER TABLE task ALTER COLUMN id TYPE text USING id::text")
     quiet = httpx.ASGITransport(app=api._transport.app, raise_app_exceptions=False)  # type: ignore[attr-defined]
     async with httpx.AsyncClient(transport=quiet, base_url="http://api.test") as client:

@@ -1,0 +1,93 @@
+"""Acting on many tasks at once, in the background: cancel, or run again, all that pass a filter."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Request, Response
+
+from app import lifecycle, schemas
+from app.core import errors, telemetry
+from app.core.errors import FieldError
+from app.core.statuses import JobKind, TaskStatus
+from app.routers import body, door, problems
+from app.routers.listing import PATH, filter_of
+from app.routers.state import Resources, State
+
+JOBS = "/api/jobs"
+
+router = APIRouter(tags=["tasks"])
+
+JobId = Annotated[UUID, Path(alias="id", description="The `job_id` that the start of the job answered.")]
+
+_LOCATION = {"Location": {"description": "Where the job can be read.", "schema": {"type": "string"}}}
+_BEGUN: dict[int | str, dict[str, Any]] = {202: {"description": "It goes on in the background.", "headers": _LOCATION}}
+_BODY = body.declared(schemas.BulkFilter, required=True)
+_PROBLEMS = problems.responses(400, 413, 415, 422, 503)
+
+
+@router.post(f"{PATH}/cancel", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_BODY)
+async def cancel_tasks(
+    request: Request, response: Response, state: Resources, caller: door.Writer
+) -> schemas.JobCreated:
+    """Cancel every unfinished task that passes a filter, as `POST /api/tasks/{id}/cancel` does one.
+
+    It concerns the tasks that are there now. The body names one part of the filter at least.
+    """
+    return await _begin(JobKind.CANCEL, request, response, state, caller)
+
+
+@router.post(f"{PATH}/rerun", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_BODY)
+async def rerun_tasks(
+    request: Request, response: Response, state: Resources, caller: door.Writer
+) -> schemas.JobCreated:
+    """Run every task that passes a filter again, as it was: those that failed, unless `status` says otherwise.
+
+    It concerns the tasks that are there now. The body names one part of the filter at least.
+    """
+    return await _begin(JobKind.RERUN, request, response, state, caller)
+
+
+@router.get(f"{JOBS}/{{id}}", responses=problems.responses(404, 422, 503))
+async def read_job(job_id: JobId, state: Resources, caller: door.Reader) -> schemas.JobRead:
+    """How far the job has come."""
+    return _shown(await lifecycle.job(state["db"], job_id, caller.owner))
+
+
+@router.post(f"{JOBS}/{{id}}/cancel", responses=problems.responses(404, 422, 503))
+async def cancel_job(job_id: JobId, state: Resources, caller: door.Writer) -> schemas.JobRead:
+    """Stop the job. What it has done stays done, and one that has ended stays as it is."""
+    return _shown(await lifecycle.cancel_job(state["db"], job_id, caller.owner))
+
+
+_UNLESS_NAMED = {JobKind.CANCEL: lifecycle.ELIGIBLE[JobKind.CANCEL], JobKind.RERUN: frozenset({TaskStatus.FAILURE})}
+
+
+async def _begin(
+    kind: JobKind, request: Request, response: Response, state: State, caller: door.Caller
+) -> schemas.JobCreated:
+    asked = await body.wanted(request, schemas.BulkFilter)
+    if not asked.model_dump(exclude_defaults=True):
+        # A body that was forgotten, or nothing but null, must not mean everything.
+        raise errors.ValidationFailed([FieldError("", "Name one part of the filter at least")])
+    if not frozenset(asked.status) <= lifecycle.ELIGIBLE[kind]:
+        fitting = ", ".join(sorted(lifecycle.ELIGIBLE[kind]))
+        raise errors.ValidationFailed([FieldError("/status", f"Input should be of {fitting}")])
+    wanted = filter_of(asked.model_copy(update={"status": asked.status or sorted(_UNLESS_NAMED[kind])}))
+    traceparent = telemetry.current_traceparent(request.headers)
+    job_id = await lifecycle.begin_job(state["db"], caller.owner, kind, wanted, traceparent=traceparent)
+    response.headers["Location"] = f"{JOBS}/{job_id}"
+    return schemas.JobCreated(job_id=job_id)
+
+
+def _shown(job: lifecycle.Job | None) -> schemas.JobRead:
+    if job is None:
+        raise errors.JobNotFound
+    return schemas.JobRead(
+        job_id=job.id,
+        kind=job.kind,
+        status=job.status,
+        done=job.acted,
+        passed_over=job.passed_over,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+    )

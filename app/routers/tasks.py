@@ -153,8 +153,7 @@ async def read_result(
     """
     seconds, applied = waiting.patience(wait, prefer)
     ended = await _end(task_id, state, caller)
-    if ended is None and seconds > 0:
-        await waiting.for_end(request, state["watch"], task_id, seconds)
+    if ended is None and seconds > 0 and await waiting.for_end(request, state["watch"], task_id, seconds):
         ended = await _end(task_id, state, caller)
     answer = _result(ended)
     answer.headers.update(applied)

@@ -36,8 +36,12 @@ def patience(wait: float | None, prefer: str | None) -> tuple[float, Mapping[str
     return seconds, {"Preference-Applied": f"wait={math.floor(seconds)}"}
 
 
-async def for_end(request: Request, watch: Watch, task_id: UUID, seconds: float) -> None:
-    """Hold a request back until its task ends, for so long at most. Where too many wait already, not at all."""
+async def for_end(request: Request, watch: Watch, task_id: UUID, seconds: float) -> bool:
+    """Hold a request back until its task ends, for so long at most. Where too many wait already, not at all.
+
+    Returns:
+        Whether there is something new to read. Many waits may be over at once, and most of them in vain.
+    """
     try:
         with watch.follow(task_id) as follower:
             waiting = asyncio.create_task(follower.end(seconds))
@@ -46,8 +50,9 @@ async def for_end(request: Request, watch: Watch, task_id: UUID, seconds: float)
                 await asyncio.wait((waiting, leaving), return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await stop(waiting, leaving)
+            return follower.over
     except Full:
-        return
+        return False
 
 
 async def _gone(request: Request) -> None:

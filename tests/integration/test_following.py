@@ -194,6 +194,7 @@ async def test_who_waits_is_answered_at_once_when_the_api_stops(
         await until(lambda: _ready(client), 30, "the start of another API")
         tasks = [(await begun(db)).claim.task_id for _ in range(3)]
         stream = Stream(client, tasks[0])
+        await stream.got(1)
         waiting = [asyncio.create_task(client.get(f"/api/tasks/{one}/result", params={"wait": 25})) for one in tasks]
         await listens(wire, *tasks)
         began = time.monotonic()

@@ -1,5 +1,6 @@
 """Submit, status, result: what is promised, and what bad input gets."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -9,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import httpx
 import pytest
 from pydantic import SecretStr
@@ -136,6 +138,36 @@ async def test_the_bell_is_rung_after_the_commit(api: httpx.AsyncClient, api_set
     assert await until(depth, what="the message") == 1
     assert await broker.depth("default") == 0
     await broker.close()
+
+
+async def test_no_bell_is_rung_while_a_submit_waits_for_its_commit(
+    api: httpx.AsyncClient, api_settings: Settings
+) -> None:
+    broker = Broker(api_settings.redis_url.get_secret_value(), client_name="test")
+    other = await asyncpg.connect(api_settings.postgres_dsn)
+    onlooker = await asyncpg.connect(api_settings.postgres_dsn)
+
+    async def waits() -> Any:
+        return await onlooker.fetchval(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'task'::regclass"
+        )
+
+    async def depth() -> Any:
+        return await broker.depth("reports")
+
+    try:
+        async with other.transaction():
+            await other.execute("LOCK TABLE task IN SHARE MODE")
+            submitting = asyncio.create_task(submitted(api, queue="reports"))
+            await until(waits, what="a submit that waits")
+            # What was rung before would be there by now: a look at Redis takes as long as a push.
+            assert [await depth() for _ in range(50)] == [0] * 50
+        await submitting
+        assert await until(depth, what="the message") == 1
+    finally:
+        await onlooker.close()
+        await other.close()
+        await broker.close()
 
 
 async def test_an_accepted_task_is_counted(api: httpx.AsyncClient) -> None:

@@ -267,26 +267,39 @@ class Broker:
         Raises:
             BrokerUnavailable: as `publish`.
         """
-        async with _translated(), self._redis.pubsub() as ears:
-            await ears.subscribe(ALIVE_CHANNEL)
+        # Not redis-py's PubSub: whoever reads from its connection and whoever writes to it would both make another
+        # where it is lost, and one of the two would never be closed.
+        async with _translated(), self._connection() as line:
+            await line.send_command("SUBSCRIBE", ALIVE_CHANNEL)
             changed.set()
-            subscribing = asyncio.create_task(_keep_subscribed(ears, wanted, changed))
+            subscribing = asyncio.create_task(_keep_subscribed(line, wanted, changed))
             try:
                 asked = False
                 while True:
-                    told = await ears.get_message(timeout=SILENCE_SECONDS)
+                    told = await line.read_response(timeout=SILENCE_SECONDS, disconnect_on_error=False)
                     if subscribing.done():
                         subscribing.result()
                     if told is None and asked:
                         raise errors.BrokerUnavailable("Redis is silent")
                     asked = told is None
                     if told is None:
-                        await ears.ping()
-                    elif told["type"] in {"message", "subscribe"}:
+                        await _send(line, "PING")
+                    elif told[0] in {b"message", b"subscribe"}:
                         with contextlib.suppress(ValueError):  # the channel where nothing is told
-                            heard(UUID(told["channel"].decode().removeprefix(META_KEY)))
+                            heard(UUID(told[1].decode().removeprefix(META_KEY)))
             finally:
                 await stop(subscribing)
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator[redis.asyncio.Connection]:
+        """A connection for one purpose, closed at the end."""
+        pool = self._redis.connection_pool
+        line: redis.asyncio.Connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's pool has no types
+        try:
+            yield line
+        finally:
+            await line.disconnect(nowait=True)
+            await pool.release(line)
 
     async def facts(self) -> dict[str, str]:
         """What the server says of itself: version, memory, and its configuration if it tells. Raises as `publish`."""
@@ -312,7 +325,7 @@ class Broker:
 
 
 async def _keep_subscribed(
-    ears: redis.asyncio.client.PubSub, wanted: AbstractSet[UUID], changed: asyncio.Event
+    line: redis.asyncio.Connection, wanted: AbstractSet[UUID], changed: asyncio.Event
 ) -> NoReturn:
     """Subscribe to what is wanted, and to nothing else, whenever that has changed."""
     subscribed: set[UUID] = set()
@@ -321,10 +334,17 @@ async def _keep_subscribed(
         changed.clear()
         new, gone = wanted - subscribed, subscribed - wanted
         if new:
-            await ears.subscribe(*(f"{META_KEY}{one}" for one in new))
+            await _send(line, "SUBSCRIBE", *(f"{META_KEY}{one}" for one in new))
         if gone:
-            await ears.unsubscribe(*(f"{META_KEY}{one}" for one in gone))
+            await _send(line, "UNSUBSCRIBE", *(f"{META_KEY}{one}" for one in gone))
         subscribed = (subscribed | new) - gone
+
+
+async def _send(line: redis.asyncio.Connection, *command: str) -> None:
+    """Send a command over a connection that is there: redis-py would make it anew, without its subscriptions."""
+    if not line.is_connected:
+        raise errors.BrokerUnavailable("the connection to Redis is lost")
+    await line.send_command(*command, check_health=False)
 
 
 def encode_meta(task_id: UUID, status: str, *, result: str | None, error_type: str, error_message: str) -> bytes:

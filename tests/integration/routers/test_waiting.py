@@ -60,14 +60,16 @@ def asking(
     return asyncio.create_task(api.get(path, params={"wait": wait}))
 
 
-async def waited_for(broker: Broker, *tasks: UUID) -> None:
-    """Return once an API listens for the ends of these tasks, and of no others."""
-    wanted = {f"celery-task-meta-{task_id}".encode() for task_id in tasks}
+async def waited_for(broker: Broker, *tasks: UUID, by_nobody: bool = False) -> None:
+    """Return once an API listens for the ends of these tasks; with `by_nobody`, once none does."""
+    asked = {f"celery-task-meta-{task_id}".encode() for task_id in tasks}
 
     async def listens() -> bool:
-        return set(await broker._redis.pubsub_channels("celery-task-meta-*")) == wanted
+        # Channels are one name space for all databases of a Redis: those of other tests are there, too.
+        heard = asked.intersection(await broker._redis.pubsub_channels("celery-task-meta-*"))
+        return heard == (set() if by_nobody else asked)
 
-    await until(listens, SOON, "a subscription")
+    await until(listens, SOON, "a subscription, or its end")
 
 
 @pytest.mark.parametrize("prefer", [None, "respond-async, wait=20"])
@@ -84,7 +86,7 @@ async def test_who_waits_gets_the_result_when_the_task_ends(
         for answer in await asyncio.gather(*answers):
             assert (answer.status_code, answer.json()) == (200, {"result": {"pages": 3}})
             assert answer.headers.get("preference-applied") == ("wait=20" if prefer else None)
-    await waited_for(broker)
+    await waited_for(broker, task_id, by_nobody=True)
 
 
 async def test_an_end_that_nobody_told_of_is_found_a_second_later(
@@ -198,16 +200,31 @@ async def test_a_subscription_that_broke_is_made_again(
     task_id = await started(db)
     with watch.follow(task_id) as follower:
         await waited_for(broker, task_id)
+        await until(lambda: follower.seen, SOON, "the look that comes with the subscription")
         # Nobody tells of it, and nobody looks, until a subscription is there again.
         await settle(db, task_id, lifecycle.Succeeded("1"))
-        [listening] = [one for one in await broker._redis.client_list(_type="pubsub") if await _is_ours(one, broker)]
+        [listening] = [one for one in await broker._redis.client_list(_type="pubsub") if _is_ours(one, broker)]
         await broker._redis.client_kill_filter(_id=listening["id"])
         async with asyncio.timeout(SOON):
             await follower.end(NEVER)
         assert follower.over
 
 
-async def _is_ours(client: dict[str, str], broker: Broker) -> bool:
+async def test_of_a_lost_connection_one_is_made_again_not_two(
+    watch: Watch, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.watch.HEAR_AGAIN_SECONDS", 0.0)
+    for _ in range(20):
+        # Whoever leaves changes the subscriptions, at the time when the loss of the connection is noticed.
+        task_id = uuid4()
+        with watch.follow(task_id):
+            await waited_for(broker, task_id)
+            [listening] = [one for one in await broker._redis.client_list(_type="pubsub") if _is_ours(one, broker)]
+            await broker._redis.client_kill_filter(_id=listening["id"])
+        await waited_for(broker, task_id, by_nobody=True)
+
+
+def _is_ours(client: dict[str, str], broker: Broker) -> bool:
     """Whether a client of Redis is connected to this test's database."""
     return client["db"] == str(broker._redis.connection_pool.connection_kwargs["db"])
 

@@ -41,6 +41,7 @@ def new_task(
         id=ids.uuid7(),
         name=entry.name,
         queue=queue,
+        concurrency_key=wanted.concurrency_key or "",
         args=_json(wanted.args),
         kwargs=_json(wanted.kwargs),
         tags=tuple(wanted.tags),

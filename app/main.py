@@ -29,6 +29,7 @@ from app.routers import (
     methods,
     openapi,
     problems,
+    queues,
     reruns,
     schedules,
     tasks,
@@ -98,6 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.include_router(webhooks.router)
     api.include_router(webhook_secrets.router)
     api.include_router(trials.router)
+    api.include_router(queues.router)
     api.include_router(schedules.router)
     api.include_router(health.router)
     if not open_to_all:

@@ -9,6 +9,7 @@ that is kept of a key: enough to know it again. A row of `schedule` says when
 tasks are submitted by themselves, and one of `schedule_run` that it was done.
 """
 
+from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -43,6 +44,7 @@ from app.core.statuses import (
     AttemptOutcome,
     CatchUp,
     DeliveryStatus,
+    HeldFor,
     JobKind,
     JobStatus,
     Overlap,
@@ -57,7 +59,7 @@ event_position = Sequence("event_position", metadata=SQLModel.metadata)
 """The places of events in line, for those who ask for them."""
 
 
-def _words(values: frozenset[TaskStatus] | type[StrEnum]) -> str:
+def _words(values: Iterable[StrEnum]) -> str:
     return ", ".join(f"'{value}'" for value in sorted(str(value) for value in values))
 
 
@@ -136,6 +138,9 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     """How many of its events were told."""
     owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
     """On whose behalf it was submitted; empty where nobody has to say who they are."""
+    concurrency_key: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
+    """With which others of its queue it shares the limits for each key, after the name of its owner, if it has one;
+    empty for none. Its length is bounded where it comes in: a CHECK would be paid for by each claim and settle."""
     rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
     """The ended task that this one runs again."""
     schedule: str | None = Field(default=None, sa_column=Column(Text))
@@ -173,7 +178,8 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     position: int | None = Field(default=None, sa_column=Column(BigInteger))
     """Its message's place in line; kept when the message is pushed again."""
     published_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
-    """When a message was last pushed for it; NULL: none is under way."""
+    """When a message was last pushed for it; NULL: none is under way, and it gets one when it is due. Infinity: it is
+    held, and gets none before its queue allows it, so whatever looks for rows without a message leaves it alone."""
     run_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
     expires_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
     created_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
@@ -302,6 +308,72 @@ class Job(SQLModel, table=True):
     stepped_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
     """When its newest step was taken: jobs take turns."""
     finished_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+
+
+class QueueSetting(SQLModel, table=True):
+    """What holds for one queue. Without a row, and where a column is NULL, nothing is limited."""
+
+    __tablename__ = "queue_setting"
+    __table_args__ = (
+        CheckConstraint("length(queue) BETWEEN 1 AND 64", name="queue_setting_queue_length"),
+        CheckConstraint("concurrency_limit > 0 AND key_concurrency_limit > 0", name="queue_setting_concurrency"),
+        CheckConstraint("rate_count > 0 AND rate_seconds > 0", name="queue_setting_rate"),
+        CheckConstraint("key_rate_count > 0 AND key_rate_seconds > 0", name="queue_setting_key_rate"),
+        CheckConstraint("(rate_count IS NULL) = (rate_seconds IS NULL)", name="queue_setting_rate_whole"),
+        CheckConstraint("(key_rate_count IS NULL) = (key_rate_seconds IS NULL)", name="queue_setting_key_rate_whole"),
+    )
+
+    queue: str = Field(sa_column=Column(Text, primary_key=True))
+    paused: bool = Field(default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false")))
+    concurrency_limit: int | None = Field(default=None, sa_column=Column(Integer))
+    """How many of its tasks may run at once."""
+    rate_count: int | None = Field(default=None, sa_column=Column(Integer))
+    """How many may start within `rate_seconds`, at even distances."""
+    rate_seconds: float | None = Field(default=None, sa_column=Column(Float))
+    key_concurrency_limit: int | None = Field(default=None, sa_column=Column(Integer))
+    """As `concurrency_limit`, of those that have the same `concurrency_key`."""
+    key_rate_count: int | None = Field(default=None, sa_column=Column(Integer))
+    key_rate_seconds: float | None = Field(default=None, sa_column=Column(Float))
+    updated_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+
+
+class HeldTask(SQLModel, table=True):
+    """A task that is held, or whose turn has come and who is not claimed yet.
+
+    A table of its own, since every index on `task` is paid for by each claim and settle, limited or not. Where the
+    two differ the task is right: a row here whose task does not wait any more is removed when it is looked at.
+    """
+
+    __tablename__ = "held_task"
+    __table_args__ = (
+        CheckConstraint(f"reason IN ({_words(HeldFor)})", name="held_task_reason_known"),
+        Index("held_task_line", "queue", "line", "run_at", "task_id", postgresql_where=text("let_go_at IS NULL")),
+        Index("held_task_let_go", "queue", "concurrency_key", postgresql_where=text("let_go_at IS NOT NULL")),
+        {"postgresql_with": {"autovacuum_vacuum_scale_factor": 0.02}},
+    )
+
+    task_id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
+    queue: str = Field(sa_column=Column(Text, nullable=False))
+    concurrency_key: str = Field(sa_column=Column(Text, nullable=False))
+    line: str = Field(sa_column=Column(Text, nullable=False))
+    """Whom it waits for: those of the same `concurrency_key`, or all of its queue if empty."""
+    reason: HeldFor = Field(sa_column=Column(Text, nullable=False))
+    run_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
+    """Since when it has been due: the order of the line."""
+    let_go_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+    """When its turn came, and a message was pushed. It goes before those that are held, and its room is kept."""
+
+
+class QueueRate(SQLModel, table=True):
+    """When the next task of a queue, or of one key in it, may start under the rate limit."""
+
+    __tablename__ = "queue_rate"
+    __table_args__ = ({"postgresql_with": {"fillfactor": 50, "autovacuum_vacuum_scale_factor": 0.02}},)
+
+    queue: str = Field(sa_column=Column(Text, primary_key=True))
+    key: str = Field(sa_column=Column(Text, primary_key=True))
+    """A `concurrency_key`; empty for the queue as a whole."""
+    next_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
 
 
 class TaskTombstone(SQLModel, table=True):

@@ -8,6 +8,8 @@ is full, `away()` tells submits to leave new rows to the relay from the start.
 
 A Python program that submits may end the next moment, so it waits for its push,
 and looks at its queue before (`look`, `push`) instead of watching (`run`).
+
+Where a queue is limited, whoever ends a task makes room for the next (`let_go`).
 """
 
 import asyncio
@@ -74,6 +76,14 @@ class Publisher:
             self._down = False
         except errors.BrokerUnavailable:
             self._down = True
+
+    async def depths(self, queues: Sequence[str]) -> dict[str, int]:
+        """How many messages each of these holds; nothing of any if Redis is away. Never fails, hardly waits."""
+        try:
+            # Known to be away is away: nobody who looks at the queues waits for that again.
+            return {} if self._down else {queue: await self._broker.depth(queue) for queue in queues}
+        except errors.BrokerUnavailable:
+            return {}
 
     async def push(self, bell: lifecycle.Bell) -> None:
         """Push this message now. Never fails: what can't be pushed is left to the relay."""
@@ -146,6 +156,19 @@ def meta_of(ended: lifecycle.Ended) -> bytes:
         error_type=error.type if error else "",
         error_message=error.message if error else "",
     )
+
+
+async def let_go(database: db.Database, broker: Broker, queue: str, key: str) -> None:
+    """Push what may start now that a task of this queue and key has ended. Never fails: a relay looks again."""
+    with contextlib.suppress(errors.DatabaseUnavailable):
+        bells = await lifecycle.let_go(database, queue, limit=BATCH)
+        if key:
+            bells += await lifecycle.let_go_of_key(database, queue, key, limit=BATCH)
+        if bells:
+            try:
+                await broker.publish(queue, bells)
+            except errors.BrokerUnavailable:
+                await lifecycle.unpublish(database, bells)
 
 
 async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:

@@ -8,10 +8,11 @@ The publish sweeps read Redis first, so with Redis away nothing is stamped.
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -23,6 +24,7 @@ from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
 from app.core import errors, limits, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
+from app.core.repeating import every
 from app.core.statuses import JobKind
 from app.db import Database
 from app.keyring import Keyring, Ring
@@ -39,6 +41,12 @@ GRACE_SECONDS = 10.0
 """How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
 GAP_SECONDS = 3.0
 """How long after its last answer Postgres counts as connected: beyond it, leases may have run out unheard."""
+KEYS_AT_ONCE = 500
+"""How many keys of a queue are looked at for room in one sweep; the next one goes on where it ended."""
+LET_GO_SHARE = 0.25
+"""How much of the time of a queue may be spent on that."""
+TURN_SECONDS = 2.0
+"""How long after its message was pushed a held task that does not wait any more keeps its room."""
 BATCH = 500
 LOST_BATCH = 10_000
 """How many lost messages are found at once; that many rows take Postgres about a second."""
@@ -113,6 +121,9 @@ class Relay:
     walked_to: delivery.Receiver = delivery.BEGINNING
     strays: set[str] = field(default_factory=set)
     refused: set[str] = field(default_factory=set)
+    restricted: Mapping[str, bool] = field(default_factory=dict)
+    walked_keys: dict[str, str] = field(default_factory=dict)
+    looked_at_held: dict[str, float] = field(default_factory=dict)
     keyring: Keyring = field(init=False)
     trials: Trials = field(init=False)
 
@@ -123,8 +134,10 @@ class Relay:
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for.
 
-        What a stopping worker handed back needs no room: it had its turn.
+        What a stopping worker handed back needs no room: it had its turn. Rows of a paused queue are held.
         """
+        if self.restricted.get(queue, False):
+            return await lifecycle.hold_due(self.db, queue, limit=BATCH)
         room = publisher.DEPTH_CAP - await self.broker.depth(queue)
         if room > 0:
             bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue, BATCH), room))
@@ -132,6 +145,27 @@ class Relay:
             bells = await lifecycle.take_released(self.db, queue, among=self._batch(queue, BATCH))
         await self._push(queue, bells)
         return len(bells)
+
+    async def look_at_limits(self) -> None:
+        """Know which queues are paused or limited; only their claims and submits know it better."""
+        self.restricted = await lifecycle.restricted_queues(self.db)
+        if self.restricted:
+            await lifecycle.end_turns(self.db, older_than_seconds=TURN_SECONDS)
+
+    async def let_go(self, queue: str) -> int:
+        """Push what is held and may start now: as many as limits and the queue in Redis have room for."""
+        room = publisher.DEPTH_CAP - await self.broker.depth(queue)
+        if room <= 0:
+            return 0
+        batch = min(self._batch(queue, BATCH), room)
+        bells = await lifecycle.let_go(self.db, queue, limit=batch)
+        await self._push(queue, bells)
+        after = self.walked_keys.get(queue, "")
+        by_key, self.walked_keys[queue] = await lifecycle.let_go_by_key(
+            self.db, queue, after=after, keys=KEYS_AT_ONCE, limit=batch
+        )
+        await self._push(queue, by_key)
+        return max(len(bells), len(by_key))
 
     async def note_tail(self, queue: str) -> None:
         """Note where the tail of a queue is. Without a message there that can be believed, there is no note."""
@@ -323,7 +357,14 @@ class Relay:
             counts = await lifecycle.queue_counts(self.db, self.settings.queues)
             for one in counts:
                 depth = await self.broker.depth(one.queue)
-                metrics.show_queue(one.queue, depth=depth, waiting=one.waiting, running=one.running)
+                metrics.show_queue(
+                    one.queue,
+                    depth=depth,
+                    waiting=one.waiting,
+                    held=one.held,
+                    running=one.running,
+                    paused=one.paused,
+                )
             metrics.show_webhooks(await delivery.count_due(self.db))
         except (errors.DatabaseUnavailable, errors.BrokerUnavailable):
             metrics.hide_queues()
@@ -418,32 +459,6 @@ def _portions(bells: list[lifecycle.Bell]) -> list[tuple[list[lifecycle.Bell], b
     return [(new, False)] * bool(new) + [(again[max(0, end - BATCH) : end], True) for end in ends]
 
 
-async def _every(
-    seconds: float, sweep: Callable[[], Awaitable[object]], what: str, *, share_of_time: float = 1.0
-) -> None:
-    """Repeat a sweep, more rarely if it takes more than its share of the time.
-
-    An outage is logged once, and again when it ends.
-    """
-    out = False
-    while True:
-        began = time.monotonic()
-        try:
-            await sweep()
-            if out:
-                log.info("%s goes on", what)
-            out = False
-        except (errors.DatabaseUnavailable, errors.BrokerUnavailable) as away:
-            if not out:
-                log.warning("%s waits: %s", what, away)
-            out = True
-        except Exception:
-            log.exception("%s failed", what)
-        took = time.monotonic() - began
-        # What an outage took says nothing of what the next time will take.
-        await asyncio.sleep(max(seconds, took if out else took / share_of_time) - took)
-
-
 async def serve(settings: Settings) -> None:
     """Sweep until SIGTERM or SIGINT, then let the webhooks that are on their way arrive."""
     stop = asyncio.Event()
@@ -472,31 +487,51 @@ async def serve(settings: Settings) -> None:
 
 def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     loops = [
-        _every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
-        _every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
-        _every(TICK_SECONDS, partial(_number, relay), "numbering events"),
-        _every(TICK_SECONDS, partial(_fire, Scheduler(relay.settings, relay.db)), "firing schedules"),
-        _every(TICK_SECONDS, relay.work_on_jobs, "acting on many tasks"),
-        _every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
-        _every(PRUNE_SECONDS, partial(_prune, relay), "pruning"),
-        _every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
-        _every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
-        _every(TICK_SECONDS, relay.trials.send, "sending test events"),
-        _every(RESEAL_SECONDS, relay.keyring.reseal, "sealing secrets anew"),
+        every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
+        every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
+        every(TICK_SECONDS, partial(_all, relay.number_events), "numbering events"),
+        every(TICK_SECONDS, partial(_fire, Scheduler(relay.settings, relay.db)), "firing schedules"),
+        every(TICK_SECONDS, relay.work_on_jobs, "acting on many tasks"),
+        every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
+        every(PRUNE_SECONDS, partial(_all, relay.prune), "pruning"),
+        every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
+        every(NOTE_SECONDS, relay.look_at_limits, "the look at limits"),
+        every(STRAY_SECONDS, partial(_forget, relay), "forgetting rates and settings"),
+        every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
+        every(TICK_SECONDS, relay.trials.send, "sending test events"),
+        every(RESEAL_SECONDS, relay.keyring.reseal, "sealing secrets anew"),
     ]
     for queue in relay.settings.queues:
         loops += [
-            _every(TICK_SECONDS, partial(_publish, relay, queue), f"publishing to {queue}"),
-            _every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
-            _every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
-            _every(NOTE_SECONDS, partial(_expire, relay, queue), f"expiring in {queue}"),
+            every(TICK_SECONDS, partial(_all, relay.publish_due, queue), f"publishing to {queue}"),
+            every(TICK_SECONDS, partial(_let_go, relay, queue), f"letting go in {queue}", share_of_time=LET_GO_SHARE),
+            every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
+            every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
+            every(NOTE_SECONDS, partial(_all, relay.expire, queue), f"expiring in {queue}"),
         ]
     return loops
 
 
-async def _publish(relay: Relay, queue: str) -> None:
-    while await relay.publish_due(queue) == BATCH:
+async def _all(sweep: Callable[..., Awaitable[int]], *queue: str) -> None:
+    while await sweep(*queue) >= BATCH:
         pass
+
+
+async def _let_go(relay: Relay, queue: str) -> None:
+    # Where nothing is limited there may still be rows from when something was; those can wait for a second.
+    now = time.monotonic()
+    if relay.restricted.get(queue, False):
+        return  # It is paused.
+    if queue not in relay.restricted and now - relay.looked_at_held.get(queue, -math.inf) < NOTE_SECONDS:
+        return
+    relay.looked_at_held[queue] = now
+    await _all(relay.let_go, queue)
+
+
+async def _forget(relay: Relay) -> None:
+    while await lifecycle.forget_rates(relay.db, limit=BATCH) == BATCH:
+        pass
+    await lifecycle.forget_settings(relay.db, older_than_seconds=STRAY_SECONDS)
 
 
 async def _deliver(relay: Relay) -> None:
@@ -529,23 +564,8 @@ async def _hand_back(relay: Relay) -> None:
             log.info("%d webhooks that were on their way are handed back", handed_back)
 
 
-async def _number(relay: Relay) -> None:
-    while await relay.number_events() == BATCH:
-        pass
-
-
 async def _fire(scheduler: Scheduler) -> None:
     while await scheduler.fire_due(limit=SCHEDULES_AT_ONCE) == SCHEDULES_AT_ONCE:
-        pass
-
-
-async def _expire(relay: Relay, queue: str) -> None:
-    while await relay.expire(queue) == BATCH:
-        pass
-
-
-async def _prune(relay: Relay) -> None:
-    while await relay.prune() >= BATCH:
         pass
 
 

@@ -22,6 +22,7 @@ from app.core import cron, limits
 from app.core.statuses import (
     AttemptOutcome,
     CatchUp,
+    HeldFor,
     JobKind,
     JobStatus,
     Overlap,
@@ -102,6 +103,12 @@ class SubmitRequest(BaseModel):
     kwargs: dict[str, Any] = Field({}, description="Arguments by name.")
     queue: str | None = Field(
         None, min_length=1, max_length=64, description="Where it waits; the task's own queue unless given."
+    )
+    concurrency_key: str | None = Field(
+        None,
+        min_length=1,
+        max_length=limits.CONCURRENCY_KEY_LENGTH,
+        description="With which others of its queue it shares the limits for each key; with none unless given.",
     )
     countdown: float | None = Field(
         None, ge=0, le=limits.AHEAD_SECONDS, description="Seconds from now until it is due. Not with `eta`."
@@ -536,8 +543,10 @@ class TaskRead(BaseModel):
         {
             "task_id": _TASK,
             "status": "STARTED",
+            "held": None,
             "task": "long_task",
             "queue": "default",
+            "concurrency_key": None,
             "attempt": 1,
             "failures": 0,
             "max_retries": 3,
@@ -562,6 +571,8 @@ class TaskRead(BaseModel):
     status: TaskStatus
     task: str
     queue: str
+    concurrency_key: str | None
+    held: HeldFor | None = Field(description="What it waits for besides a worker: its queue is paused, or limited.")
     attempt: int = Field(description="Times it was started.")
     failures: int = Field(description="Runs that failed; they spend `max_retries`.")
     max_retries: int
@@ -869,6 +880,67 @@ class CountsRead(BaseModel):
     """How many tasks have each status."""
 
     data: dict[TaskStatus, CountRead]
+
+
+class RateLimit(BaseModel):
+    """So many starts in so many seconds, at even distances."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    count: int = Field(ge=1, le=limits.RATE_COUNT)
+    seconds: float = Field(1.0, ge=1, le=limits.RATE_SECONDS)
+
+
+class LimitsRequest(BaseModel):
+    """What is limited of a queue. What is null or left out is not."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {"concurrency_limit": 3},
+                {"rate_limit": {"count": 100, "seconds": 60}, "key_concurrency_limit": 1},
+            ]
+        },
+    )
+
+    concurrency_limit: int | None = Field(
+        None, ge=1, le=limits.CONCURRENCY, description="How many of its tasks may run at once."
+    )
+    rate_limit: RateLimit | None = Field(None, description="How many of its tasks may start.")
+    key_concurrency_limit: int | None = Field(
+        None, ge=1, le=limits.CONCURRENCY, description="How many with the same `concurrency_key` may run at once."
+    )
+    key_rate_limit: RateLimit | None = Field(None, description="How many with the same `concurrency_key` may start.")
+
+
+class QueueRead(BaseModel):
+    """A queue, as it is now."""
+
+    name: str
+    paused: bool
+    concurrency_limit: int | None
+    rate_limit: RateLimit | None
+    key_concurrency_limit: int | None
+    key_rate_limit: RateLimit | None
+    depth: int | None = Field(description="Messages that wait in Redis; null while Redis can't be asked.")
+    waiting: int = Field(description="Tasks that wait to be due, or for a worker. A count stops at a million.")
+    held: int = Field(description="Tasks that are due and wait for the queue to be resumed, or for one of its limits.")
+    running: int
+    oldest_seconds: float | None = Field(
+        description="Since when the oldest of those that are due has been; null if none is. "
+        "What is held for its `concurrency_key` is not looked at."
+    )
+    ended_per_second: float = Field(description="Over the last minute, or as far back as the newest 5,000 ends go.")
+
+
+class QueuePage(BaseModel):
+    """The queues."""
+
+    data: list[QueueRead]
+    next_cursor: None = Field(None, description="There is one page.")
 
 
 class Alive(BaseModel):

@@ -13,6 +13,7 @@
         ├── Unauthenticated       401
         ├── Forbidden             403
         ├── TaskNotFound          404
+        ├── QueueNotFound         404
         ├── NoWebhook             404
         ├── SecretNotFound        404
         ├── TaskNotRegistered     404
@@ -164,6 +165,15 @@ class TaskNotFound(RequestError):
 
     def __init__(self) -> None:
         super().__init__("No task has this id")
+
+
+class QueueNotFound(RequestError):
+    """No queue has this name."""
+
+    status, slug, title = 404, "queue-not-found", "Queue not found"
+
+    def __init__(self) -> None:
+        super().__init__("No queue has this name")
 
 
 class NoWebhook(RequestError):

@@ -13,6 +13,11 @@ BATCH = 1000
 """Tasks of one submit."""
 KEY_SECONDS = DAY_SECONDS
 """How long the key of a submit stands for it."""
+CONCURRENCY_KEY_LENGTH = 255
+CONCURRENCY = 10_000
+"""The highest limit of what runs at once: what runs is counted at each claim of a limited queue."""
+RATE_COUNT = 1_000_000
+RATE_SECONDS = DAY_SECONDS
 TAGS = 20
 TAG_LENGTH = 64
 SCHEDULE_YEARS = 100

@@ -68,6 +68,9 @@ _QUEUE_DEPTH = Gauge(
 )
 _TASKS = Gauge("taskqueue_tasks", "Unfinished tasks. Aggregate with max.", ["queue", "state"], registry=REGISTRY)
 
+_PAUSED = Gauge(
+    "taskqueue_queue_paused", "1 while a queue is paused, else 0. Aggregate with max.", ["queue"], registry=REGISTRY
+)
 
 _SLOTS = Gauge("taskqueue_worker_slots", "Tasks that this worker can run at once.", ["pool"], registry=REGISTRY)
 _BUSY_SLOTS = Gauge("taskqueue_worker_busy_slots", "Tasks that this worker runs.", ["pool"], registry=REGISTRY)
@@ -79,11 +82,13 @@ def show_pool(pool: str, *, slots: int, busy: int) -> None:
     _BUSY_SLOTS.labels(pool=pool).set(busy)
 
 
-def show_queue(queue: str, *, depth: int, waiting: int, running: int) -> None:
-    """Show the state of a queue: messages in Redis, waiting and running tasks in Postgres."""
+def show_queue(queue: str, *, depth: int, waiting: int, held: int, running: int, paused: bool) -> None:
+    """Show the state of a queue: messages in Redis; waiting, held and running tasks in Postgres."""
     _QUEUE_DEPTH.labels(queue=queue).set(depth)
     _TASKS.labels(queue=queue, state="waiting").set(waiting)
+    _TASKS.labels(queue=queue, state="held").set(held)
     _TASKS.labels(queue=queue, state="running").set(running)
+    _PAUSED.labels(queue=queue).set(paused)
 
 
 _OLDEST = Gauge(
@@ -128,6 +133,7 @@ def hide_queues() -> None:
     _OLDEST.clear()
     _TASKS.clear()
     _WEBHOOKS.clear()
+    _PAUSED.clear()
 
 
 def serve(port: int) -> Callable[[], None]:

@@ -80,6 +80,23 @@ class Reason(StrEnum):
     MESSAGE_GONE = "message_gone"
     """Its message has left the queue: it is being claimed, or was lost."""
     IN_LINE = "in_line"
+    HELD = "held"
+    """Its queue is paused, or as many run or have started as may."""
+
+
+class HeldFor(StrEnum):
+    """Why a waiting task that is due has no message, and gets none before its queue allows it."""
+
+    PAUSED = "paused"
+    """The queue is paused, or was and is being worked off."""
+    CONCURRENCY = "concurrency"
+    """As many tasks of the queue run as may."""
+    RATE = "rate"
+    """As many tasks of the queue have started as may in a while."""
+    KEY_CONCURRENCY = "key_concurrency"
+    """As `CONCURRENCY`, of those with the same `concurrency_key`."""
+    KEY_RATE = "key_rate"
+    """As `RATE`, of those with the same `concurrency_key`."""
 
 
 class WebhookEvent(StrEnum):

@@ -1,9 +1,9 @@
 """THE state machine: the transition table, the pure `decide()`, and every statement on `task`.
 
 `rules` says what an outcome means; `waiting` and `attempts` make it so, each
-statement under its guard; `batch` submits more than one plain task, `reads`
-answers questions, `retention` removes what is past its time. Callers use the
-names here.
+statement under its guard; `batch` submits more than one plain task; `queues`
+says what may not start yet, and `lines` is where that waits; `reads` answers
+questions, `retention` removes what is past its time. Callers use the names here.
 """
 
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
@@ -23,8 +23,20 @@ from app.lifecycle.jobs import (
     step,
     take_step,
 )
+from app.lifecycle.lines import end_turns, forget_rates, hold_due, let_go, let_go_by_key, let_go_of_key
 from app.lifecycle.listing import COUNT_LIMIT, WALK, Count, Filter, Found, Mark, Order, Page, counts, page
 from app.lifecycle.presence import SEEN_SECONDS, announce, leave
+from app.lifecycle.queues import (
+    Limits,
+    QueueState,
+    Rate,
+    forget_settings,
+    limit_queue,
+    pause_queue,
+    queue_states,
+    restricted_queues,
+    resume_queue,
+)
 from app.lifecycle.reads import (
     Original,
     Place,
@@ -113,6 +125,7 @@ __all__ = [
     "Interrupted",
     "Job",
     "Lease",
+    "Limits",
     "Log",
     "Lost",
     "Mark",
@@ -124,6 +137,8 @@ __all__ = [
     "Page",
     "Place",
     "QueueCounts",
+    "QueueState",
+    "Rate",
     "Remembered",
     "RetryAsked",
     "Settled",
@@ -150,6 +165,7 @@ __all__ = [
     "count_waiting",
     "counts",
     "decide",
+    "end_turns",
     "expire",
     "expired_leases",
     "explain",
@@ -157,22 +173,33 @@ __all__ = [
     "forget",
     "forget_jobs",
     "forget_keys",
+    "forget_rates",
+    "forget_settings",
+    "hold_due",
     "insert_fired",
     "invariants",
     "job",
     "leave",
+    "let_go",
+    "let_go_by_key",
+    "let_go_of_key",
+    "limit_queue",
     "most_waiting",
     "page",
+    "pause_queue",
     "places",
     "prune",
     "queue_counts",
+    "queue_states",
     "reap",
     "record_progress",
     "refuse",
     "remembered",
     "renew",
+    "restricted_queues",
     "result",
     "results",
+    "resume_queue",
     "settle",
     "settle_for",
     "snapshots",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from app import delivery
 from app.core.statuses import TERMINAL, AttemptOutcome, TaskStatus
 from app.db import Database
+from app.lifecycle.lines import BURST_SECONDS, HOLD, IN_LINE, next_start
 from app.lifecycle.rules import Claim, Transition
 from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settled_of
 
@@ -30,27 +31,101 @@ _MAY_START = """
             OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)"""
 _WAITED = "GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds"
 _TO_RUN = "queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent"
+_UNLIMITED = "(SELECT true FROM queue_setting s WHERE s.queue = task.queue) IS NULL"
 _CLAIM = f"""
 WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
     UPDATE task {_START} FROM quick {_MAY_START} AND COALESCE('task.started' <> ALL (webhook_events), true)
+       AND {_UNLIMITED}
  RETURNING {_TO_RUN}, {_WAITED}
 """
 
 # For those that want to hear of it, and for messages that claim nothing: no other claim pays for an INSERT that it
 # does not need. The newest event of a claim that is repeated is the one that it wrote the first time.
 _BEGUN = frozenset({TaskStatus.STARTED})
+_BEGINS = delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)
+_TELL = f"event_sequence = event_sequence + {_BEGINS}"
 _CLAIM_AND_TELL = f"""
 WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
 claimed AS (
-    UPDATE task {_START},
-           event_sequence = event_sequence
-                          + {delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)}
-      FROM quick {_MAY_START}
+    UPDATE task {_START}, {_TELL} FROM quick {_MAY_START} AND {_UNLIMITED}
     RETURNING {delivery.told_columns()}, {_TO_RUN}, run_at
 ), hook AS (
     {delivery.intend("claimed", _BEGUN)} ON CONFLICT DO NOTHING
 )
-SELECT {_TO_RUN}, {_WAITED} FROM claimed
+SELECT {_TO_RUN}, {_WAITED},
+       CASE WHEN id IS NULL THEN
+           EXISTS (SELECT FROM task t JOIN queue_setting s ON s.queue = t.queue WHERE t.id = $1) END AS limited
+  FROM quick LEFT JOIN claimed ON true
+"""
+
+# For queues that have a setting. Claims of one queue, or of one key, that is limited come one after the other: each
+# sees what those before it have started (`queue_load`). One that may not start is held in this same statement,
+# behind those that are held already; who was let go has his turn, and minds only who runs.
+_CLAIM_ONE_BY_ONE = f"""
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+asked AS MATERIALIZED (
+    SELECT t.queue, t.concurrency_key AS key, h.task_id IS NOT NULL AS in_turn,
+           COALESCE(s.paused, false) AS paused,
+           COALESCE(s.concurrency_limit, s.rate_count) IS NOT NULL AS by_queue,
+           t.concurrency_key <> '' AND COALESCE(s.key_concurrency_limit, s.key_rate_count) IS NOT NULL AS by_key,
+           s.concurrency_limit, s.rate_seconds / s.rate_count AS distance,
+           s.key_concurrency_limit, s.key_rate_seconds / s.key_rate_count AS key_distance
+      FROM (SELECT id, queue, concurrency_key FROM task, quick {_MAY_START} AND status <> 'STARTED') t
+      LEFT JOIN held_task h ON h.task_id = t.id AND h.let_go_at IS NOT NULL
+      LEFT JOIN queue_setting s ON s.queue = t.queue
+), behind_queue AS MATERIALIZED (
+    SELECT a.*, CASE WHEN by_queue AND NOT paused
+                     THEN pg_advisory_xact_lock(hashtextextended('taskqueue queue ' || queue, 0)) IS NULL END AS alone
+      FROM asked a
+), behind_key AS MATERIALIZED (
+    SELECT b.*, CASE WHEN by_key AND NOT paused
+                     THEN pg_advisory_xact_lock(hashtextextended('taskqueue key ' || queue || ' ' || key, 0)) IS NULL
+                END AS alone_of_key
+      FROM behind_queue b
+), verdict AS MATERIALIZED (
+    SELECT b.queue AS of_queue, b.key, b.distance, b.key_distance,
+           by_queue OR by_key AS restricted,
+           {next_start("q.next_at", "in_turn")} AS start, {next_start("k.next_at", "in_turn")} AS key_start,
+           CASE WHEN paused THEN 'paused'
+                WHEN q.running + CASE WHEN in_turn THEN 0 ELSE q.let_go END >= concurrency_limit THEN 'concurrency'
+                WHEN distance IS NOT NULL AND q.next_at > now() + make_interval(secs => {BURST_SECONDS}) THEN 'rate'
+                WHEN q.others_held AND NOT in_turn
+                    THEN CASE WHEN concurrency_limit IS NULL THEN 'rate' ELSE 'concurrency' END
+                WHEN k.running + CASE WHEN in_turn THEN 0 ELSE k.let_go END >= key_concurrency_limit
+                    THEN 'key_concurrency'
+                WHEN key_distance IS NOT NULL AND k.next_at > now() + make_interval(secs => {BURST_SECONDS})
+                    THEN 'key_rate'
+                WHEN k.others_held AND NOT in_turn
+                    THEN CASE WHEN key_concurrency_limit IS NULL THEN 'key_rate' ELSE 'key_concurrency' END
+           END AS hold_for
+      FROM behind_key b,
+           queue_load(CASE WHEN by_queue AND NOT paused THEN b.queue END, '', COALESCE(concurrency_limit, 1)) q,
+           queue_load(CASE WHEN by_key AND NOT paused THEN b.queue END, b.key, COALESCE(key_concurrency_limit, 1)) k
+), spent AS (
+    INSERT INTO queue_rate (queue, key, next_at)
+    SELECT of_queue, '', start + make_interval(secs => distance) FROM verdict
+     WHERE hold_for IS NULL AND distance IS NOT NULL
+     UNION ALL
+    SELECT of_queue, key, key_start + make_interval(secs => key_distance) FROM verdict
+     WHERE hold_for IS NULL AND key_distance IS NOT NULL AND key <> ''
+    ON CONFLICT (queue, key) DO UPDATE SET next_at = EXCLUDED.next_at
+), kept AS (
+    UPDATE task SET published_at = 'infinity', position = NULL FROM verdict
+    {_MAY_START} AND verdict.hold_for IS NOT NULL AND status <> 'STARTED' AND published_at IS DISTINCT FROM 'infinity'
+    RETURNING id, queue, concurrency_key, hold_for, run_at
+), held AS (
+    {HOLD} SELECT id, queue, concurrency_key, CASE WHEN hold_for LIKE 'key%' THEN concurrency_key ELSE '' END, hold_for,
+                  run_at FROM kept
+    {IN_LINE}
+), claimed AS (
+    UPDATE task {_START}, {_TELL} FROM quick LEFT JOIN verdict ON true {_MAY_START} AND verdict.hold_for IS NULL
+    RETURNING {delivery.told_columns()}, {_TO_RUN}, run_at, concurrency_key, verdict.restricted
+), had_turn AS (
+    DELETE FROM held_task WHERE task_id = $1 AND EXISTS (SELECT FROM claimed)
+), hook AS (
+    {delivery.intend("claimed", _BEGUN)} ON CONFLICT DO NOTHING
+)
+SELECT {_TO_RUN}, {_WAITED}, CASE WHEN restricted THEN concurrency_key END AS limited_with FROM claimed
 """
 
 
@@ -62,7 +137,7 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
 
     Returns:
         What to run; None if the message was a duplicate, stale, early, or its task is cancelled,
-        expired or unknown.
+        expired or unknown, or is held now: its queue is paused, or as many run as may.
     """
     arguments = (
         wanted.task_id,
@@ -74,7 +149,9 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
         EARLY_CLAIM_SECONDS,
     )
     row = await db.fetchrow(_CLAIM, *arguments) or await db.fetchrow(_CLAIM_AND_TELL, *arguments)
-    if row is None:
+    if row is not None and row.get("limited"):
+        row = await db.fetchrow(_CLAIM_ONE_BY_ONE, *arguments)
+    if row is None or row["queue"] is None:
         return None
     return Claimed(
         claim=wanted,
@@ -86,6 +163,7 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
         time_limit=row["time_limit"],
         traceparent=row["traceparent"],
         waited_seconds=row["waited_seconds"],
+        limited_with=row.get("limited_with"),
     )
 
 

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from app.core import errors, limits
 from app.db import Database, Record
+from app.lifecycle.lines import HOLD, IN_LINE
 from app.lifecycle.values import Bell, NewTask, Remembered, SubmitKey, Submitted
 
 RACED = "unique_task_is_nobody_elses"
@@ -23,8 +24,9 @@ ATTEMPTS = 100
 # one takes its place. If the place was taken meanwhile, by a rival that can't be seen yet, NULL is written over it, a
 # constraint breaks, and everything is undone; the next try sees it. Digests are taken in their order, so that two
 # batches never wait for each other.
-# `line` says as `waiting.submit` does whether rows of a queue wait that were never pushed.
-_SUBMIT_BATCH = """
+# `line` says as `waiting.submit` does whether rows of a queue wait that were never pushed, and whether the new ones are
+# held: the queue is paused, or others are held before them.
+_SUBMIT_BATCH = f"""
 WITH wanted AS MATERIALIZED (
     SELECT w.*, COALESCE(w.due_at, now() + make_interval(secs => w.delay_seconds)) AS run_at,
            decode(w.unique_key, 'hex') AS digest
@@ -32,10 +34,10 @@ WITH wanted AS MATERIALIZED (
                id uuid, name text, queue text, args text, kwargs text, tags text[], webhook_url text,
                webhook_events text[], max_retries int, time_limit float8, traceparent text, owner text,
                delay_seconds float8, due_at timestamptz, expires_in_seconds float8, expires_at timestamptz,
-               unique_key text, unique_for_seconds float8, rerun_of uuid)) WITH ORDINALITY
+               unique_key text, unique_for_seconds float8, rerun_of uuid, concurrency_key text)) WITH ORDINALITY
            AS w (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit, traceparent,
                  owner, delay_seconds, due_at, expires_in_seconds, expires_at, unique_key, unique_for_seconds, rerun_of,
-                 item)
+                 concurrency_key, item)
 ), known AS MATERIALIZED (
     SELECT w.*, u.task_id AS holder, t.id AS twin
       FROM wanted w
@@ -64,23 +66,34 @@ WITH wanted AS MATERIALIZED (
                SELECT position FROM task t
                 WHERE t.queue = q.queue AND status IN ('PENDING', 'RETRY') AND attempt = 0
                   AND published_at IS NULL AND position IS NOT NULL
-                ORDER BY t.queue DESC, position DESC LIMIT 1) IS NULL AS may_push
-      FROM (SELECT DISTINCT queue FROM wanted) q
+                ORDER BY t.queue DESC, position DESC LIMIT 1) IS NULL AS may_push,
+           s.queue IS NOT NULL AS has_setting,
+           CASE WHEN s.paused THEN 'paused' WHEN s.queue IS NOT NULL THEN
+               (SELECT reason FROM held_task h WHERE h.queue = s.queue AND h.line = '' AND let_go_at IS NULL
+                 ORDER BY h.queue DESC, h.line DESC, h.run_at DESC, h.task_id DESC LIMIT 1) END AS hold_for
+      FROM (SELECT DISTINCT queue FROM wanted) q LEFT JOIN queue_setting s USING (queue)
 ), placed AS MATERIALIZED (
-    SELECT o.*, CASE WHEN run_at <= now() THEN nextval('task_position') END AS place
-      FROM (SELECT w.*, line.may_push FROM known w JOIN line USING (queue)
+    SELECT o.*, CASE WHEN run_at <= now() AND reason IS NULL THEN nextval('task_position') END AS place
+      FROM (SELECT w.*, line.may_push, CASE WHEN line.hold_for IS NULL THEN w.concurrency_key ELSE '' END AS behind,
+                   CASE WHEN w.run_at <= now() AND line.has_setting THEN COALESCE(line.hold_for,
+                       (SELECT reason FROM held_task h
+                         WHERE h.queue = w.queue AND h.line = w.concurrency_key AND let_go_at IS NULL
+                         ORDER BY h.queue DESC, h.line DESC, h.run_at DESC, h.task_id DESC LIMIT 1)) END AS reason
+              FROM known w JOIN line USING (queue)
              WHERE (SELECT opens FROM gate) AND w.twin IS NULL ORDER BY item) o
 ), inserted AS (
     INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
-                      traceparent, rerun_of, owner, run_at, expires_at, position, published_at)
+                      traceparent, rerun_of, owner, concurrency_key, run_at, expires_at, position, published_at)
     SELECT id, name, queue, args::json, kwargs::json, tags, webhook_url, webhook_events, max_retries, time_limit,
-           traceparent, rerun_of, owner, run_at,
+           traceparent, rerun_of, owner, concurrency_key, run_at,
            COALESCE(expires_at, now() + make_interval(secs => expires_in_seconds)),
-           place, CASE WHEN place IS NOT NULL AND may_push THEN now() END
+           place, CASE WHEN reason IS NOT NULL THEN 'infinity' WHEN place IS NOT NULL AND may_push THEN now() END
       FROM placed
     RETURNING id, position, published_at
+), held AS (
+    {HOLD} SELECT id, queue, concurrency_key, behind, reason, run_at FROM placed WHERE reason IS NOT NULL {IN_LINE}
 )
-SELECT id, NULL::uuid AS twin, position, published_at IS NOT NULL AS stamped FROM inserted
+SELECT id, NULL::uuid AS twin, position, COALESCE(published_at < 'infinity', false) AS stamped FROM inserted
  UNION ALL
 SELECT id, twin, NULL, false FROM known WHERE twin IS NOT NULL AND (SELECT opens FROM gate)
 """
@@ -159,6 +172,7 @@ def _row(new: NewTask) -> dict[str, object]:
         "unique_key": None if new.unique_key is None else new.unique_key.hex(),
         "unique_for_seconds": new.unique_for_seconds,
         "rerun_of": None if new.rerun_of is None else str(new.rerun_of),
+        "concurrency_key": new.stored_key,
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
-from app.core.statuses import TERMINAL, Reason, TaskStatus
+from app.core.statuses import TERMINAL, HeldFor, Reason, TaskStatus
 from app.db import Database
 from app.lifecycle.presence import SEEN_SECONDS
 
@@ -27,7 +27,9 @@ class Facts:
         due_in: until it is due; negative if it has been for so long.
         expires_in: until it is not worth starting any more.
         published: whether it should have a message in Redis.
+        held: what holds it back though it is due; None for nothing.
         ahead: tasks of its queue that come before it, `AHEAD_LIMIT` + 1 for more; None unless it waits and is due.
+            Of one that is held, those that are held before it, for what it is held for.
         running_for: since its newest attempt began.
         lease_left: until its lease ends; negative if it has ended.
         ended_ago: since it ended.
@@ -45,6 +47,7 @@ class Facts:
     due_in: float
     expires_in: float | None
     published: bool
+    held: HeldFor | None
     ahead: int | None
     running_for: float | None
     lease_left: float | None
@@ -95,10 +98,11 @@ class Explanation:
 
 
 # What comes before it: in the line those of a lower place, and while it has no message also those without one that
-# were due before. Both counts stop early, each has its index.
+# were due before; of what is held, those in the same line. All counts stop early, each has its index.
 _FACTS = f"""
 SELECT t.status, t.queue, t.attempt, t.failures, t.max_retries, t.cancel_requested, t.worker, t.progress,
        t.progress_message, t.error_type, t.error_message, t.published_at IS NOT NULL AS published,
+       h.reason AS held,
        extract(epoch FROM t.run_at - now())::float8 AS due_in,
        extract(epoch FROM t.expires_at - now())::float8 AS expires_in,
        extract(epoch FROM now() - t.started_at)::float8 AS running_for,
@@ -114,9 +118,14 @@ SELECT t.status, t.queue, t.attempt, t.failures, t.max_retries, t.cancel_request
             SELECT FROM task a
              WHERE a.queue = t.queue AND a.status IN ('PENDING', 'RETRY') AND a.published_at IS NULL
                AND (a.run_at, a.id) < (t.run_at, t.id) AND t.published_at IS NULL
-             LIMIT {AHEAD_LIMIT + 1}) AS not_in_line) END AS ahead,
+             LIMIT {AHEAD_LIMIT + 1}) AS not_in_line)
+     + (SELECT count(*) FROM (
+            SELECT FROM held_task a
+             WHERE a.queue = h.queue AND a.line = h.line AND a.let_go_at IS NULL
+               AND (a.run_at, a.task_id) < (h.run_at, h.task_id)
+             LIMIT {AHEAD_LIMIT + 1}) AS held_before) END AS ahead,
        w.consumers, w.slots, w.busy
-  FROM task t, LATERAL (
+  FROM task t LEFT JOIN held_task h ON h.task_id = t.id AND t.published_at = 'infinity', LATERAL (
        SELECT count(*) AS consumers, COALESCE(sum(slots), 0) AS slots, COALESCE(sum(busy), 0) AS busy FROM worker
         WHERE t.queue = ANY (queues) AND seen_at > now() - make_interval(secs => $3)) AS w
  WHERE t.id = $1 AND t.owner = $2
@@ -129,7 +138,8 @@ async def facts(db: Database, task_id: UUID, owner: str) -> Facts | None:
     if row is None:
         return None
     columns = dict(row)
-    return Facts(status=TaskStatus(columns.pop("status")), **columns)
+    held = columns.pop("held")
+    return Facts(status=TaskStatus(columns.pop("status")), held=None if held is None else HeldFor(held), **columns)
 
 
 def explain(known: Facts, around: Surroundings) -> Explanation:
@@ -201,6 +211,23 @@ def _queue_unknown(known: Facts, around: Surroundings) -> Explanation | None:
     return Explanation(Reason.QUEUE_UNKNOWN, sentence)
 
 
+def _held(known: Facts, _: Surroundings) -> Explanation | None:
+    if known.held is None:
+        return None
+    return Explanation(
+        Reason.HELD, f"It is held: {_HOLDS[known.held].format(queue=known.queue)}; {_before(known)} held before it."
+    )
+
+
+_HOLDS = {
+    HeldFor.PAUSED: "queue `{queue}` is paused, or is being worked off since it was",
+    HeldFor.CONCURRENCY: "as many tasks of queue `{queue}` run as may",
+    HeldFor.RATE: "as many tasks of queue `{queue}` have started as may in a while",
+    HeldFor.KEY_CONCURRENCY: "as many tasks of its `concurrency_key` run in queue `{queue}` as may",
+    HeldFor.KEY_RATE: "as many tasks of its `concurrency_key` have started in queue `{queue}` as may in a while",
+}
+
+
 def _redis_away(known: Facts, around: Surroundings) -> Explanation | None:
     if around.depth is not None:
         return None
@@ -237,8 +264,9 @@ def _in_line(known: Facts, around: Surroundings) -> Explanation:
 
 _WHILE_IT_WAITS: tuple[Callable[[Facts, Surroundings], Explanation | None], ...] = (
     _not_due,
-    # What holds a queue, or a task of it, on purpose belongs here: it comes before whatever is missing.
     _queue_unknown,
+    # What holds a task on purpose comes before whatever is missing.
+    _held,
     _redis_away,
     _no_consumer,
     _unpublished,
@@ -248,14 +276,15 @@ _WHILE_IT_WAITS: tuple[Callable[[Facts, Surroundings], Explanation | None], ...]
 
 
 def _line(known: Facts) -> str:
-    ahead = known.ahead or 0
-    before = f"more than {AHEAD_LIMIT} tasks are" if ahead > AHEAD_LIMIT else _are(ahead)
     consumed = f"{_times(known.consumers, 'worker')} consume{'s' if known.consumers == 1 else ''} it"
-    return f"{before} before it, and {consumed}, {known.busy} of {known.slots} slots busy"
+    return f"{_before(known)} before it, and {consumed}, {known.busy} of {known.slots} slots busy"
 
 
-def _are(tasks: int) -> str:
-    return {0: "no task is", 1: "1 task is"}.get(tasks, f"about {tasks} tasks are")
+def _before(known: Facts) -> str:
+    ahead = known.ahead or 0
+    if ahead > AHEAD_LIMIT:
+        return f"more than {AHEAD_LIMIT} tasks are"
+    return {0: "no task is", 1: "1 task is"}.get(ahead, f"about {ahead} tasks are")
 
 
 def _expiry(known: Facts) -> str:

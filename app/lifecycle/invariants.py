@@ -52,7 +52,27 @@ _BREACHES: Mapping[str, str] = {
          WHERE status IN ('PENDING', 'RETRY') AND published_at IS NULL
            AND run_at < now() - make_interval(secs => $1)
            AND NOT EXISTS (SELECT FROM task e WHERE e.queue = task.queue AND e.status IN ('PENDING', 'RETRY')
-                              AND e.published_at IS NOT NULL)""",
+                              AND e.published_at < 'infinity')""",
+    "a held task stands in a line": """
+        SELECT t.id FROM task t
+         WHERE t.status IN ('PENDING', 'RETRY') AND t.published_at = 'infinity' AND $1::float8 IS NOT NULL
+           AND NOT EXISTS (SELECT FROM held_task h WHERE h.task_id = t.id AND h.let_go_at IS NULL)""",
+    # The first of each line is enough: the others wait for it.
+    "a held task waits for a pause, a rate, or others that wait for a worker, run or have just ended": """
+        SELECT h.task_id
+          FROM (SELECT DISTINCT ON (queue, line) queue, line, concurrency_key, task_id, run_at FROM held_task
+                 WHERE let_go_at IS NULL ORDER BY queue, line, run_at, task_id) h
+          JOIN task t ON t.id = h.task_id AND t.status IN ('PENDING', 'RETRY') AND t.published_at = 'infinity'
+          LEFT JOIN queue_setting s ON s.queue = h.queue
+         WHERE h.run_at < now() - make_interval(secs => $1)
+           AND s.paused IS NOT TRUE AND COALESCE(s.updated_at < now() - make_interval(secs => $1), true)
+           AND NOT EXISTS (SELECT FROM task o
+                            WHERE o.queue = h.queue
+                              AND (o.status = 'STARTED' OR o.finished_at > now() - make_interval(secs => $1)
+                                   OR o.status IN ('PENDING', 'RETRY') AND o.published_at < 'infinity'))
+           AND NOT EXISTS (SELECT FROM queue_rate r
+                            WHERE r.queue = h.queue AND r.key IN ('', h.concurrency_key)
+                              AND r.next_at > now() - make_interval(secs => $1))""",
     "a cancelled task does not wait": """
         SELECT id FROM task WHERE status IN ('PENDING', 'RETRY') AND cancel_requested AND $1::float8 IS NOT NULL""",
     "an expired task does not wait": """

@@ -147,15 +147,17 @@ _ADVANCE = """
 _CANCEL_STEP = f"""{_MINE.format(lock="FOR UPDATE OF t")}, done AS ({CANCEL}
      WHERE id IN (SELECT id FROM meant) AND status IN ('PENDING', 'RETRY', 'STARTED')
     RETURNING {delivery.told_columns()}, error_traceback
+), unheld AS (
+    DELETE FROM held_task WHERE task_id = ANY (ARRAY(SELECT id FROM meant))
 ), hook AS ({delivery.intend("done")}), advanced AS ({_ADVANCE})
 SELECT * FROM done
 """
 # A relay publishes what is made here, in order, as it does whatever was held back.
 _RERUN_STEP = f"""{_MINE.format(lock="")}, done AS (
     INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit, owner,
-                      traceparent, rerun_of, position)
+                      concurrency_key, traceparent, rerun_of, position)
     SELECT made.id, t.name, t.queue, t.args, t.kwargs, t.tags, t.webhook_url, t.webhook_events, t.max_retries,
-           t.time_limit, t.owner, mine.traceparent, t.id, nextval('task_position')
+           t.time_limit, t.owner, t.concurrency_key, mine.traceparent, t.id, nextval('task_position')
       FROM meant JOIN task t ON t.id = meant.id
       JOIN unnest($3::uuid[], $8::uuid[]) AS made (old, id) ON made.old = t.id, mine
     RETURNING id

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from app.core.statuses import TERMINAL, TaskStatus
+from app.core.statuses import TERMINAL, HeldFor, TaskStatus
 from app.db import Database, Record
 from app.lifecycle.rules import Budgets, Claim, Error
 from app.lifecycle.values import Ended, budgets_of, ended_of
@@ -22,7 +22,9 @@ class TaskView:
     id: UUID
     name: str
     queue: str
+    concurrency_key: str
     status: TaskStatus
+    held: HeldFor | None
     attempt: int
     failures: int
     max_retries: int
@@ -46,13 +48,20 @@ class TaskView:
     webhook_next_at: datetime | None
 
 
-_VIEW = """
-SELECT t.id, t.name, t.queue, t.status, t.attempt, t.failures, t.max_retries, t.tags, t.created_at, t.run_at,
+_GIVEN_KEY = """CASE WHEN t.owner = '' OR t.concurrency_key = '' THEN t.concurrency_key
+            ELSE substr(t.concurrency_key, length(t.owner) + 2) END AS concurrency_key"""
+"""SQL: a task's `concurrency_key` as it was given (`NewTask.stored_key`)."""
+_VIEW = f"""
+SELECT t.id, t.name, t.queue, t.status,
+       {_GIVEN_KEY},
+       CASE WHEN t.status IN ('PENDING', 'RETRY') AND t.published_at = 'infinity' THEN h.reason END AS held,
+       t.attempt, t.failures, t.max_retries, t.tags, t.created_at, t.run_at,
        t.started_at, t.finished_at, t.expires_at, t.time_limit, t.progress, t.progress_message,
        t.error_type, t.error_message, t.error_traceback, t.cancel_requested, t.rerun_of,
        t.schedule, t.scheduled_for, t.webhook_url,
        d.status AS webhook_status, d.attempt AS webhook_attempt, d.next_at AS webhook_next_at
   FROM task t
+  LEFT JOIN held_task h ON h.task_id = t.id
   LEFT JOIN LATERAL (SELECT status, attempt, next_at FROM webhook_delivery
                       WHERE task_id = t.id ORDER BY sequence DESC LIMIT 1) d ON true
  WHERE t.id = $1 AND t.owner = $2
@@ -67,10 +76,12 @@ async def view(db: Database, task_id: UUID, *, owner: str = "") -> TaskView | No
     columns = dict(row)
     error_type, message, traceback = (columns.pop("error_" + part) for part in ("type", "message", "traceback"))
     status = TaskStatus(columns.pop("status"))
+    held = columns.pop("held")
     # A retried task that succeeds keeps what its failed attempts said in its row; it is not its end.
     shown = error_type is not None and status is not TaskStatus.SUCCESS
     error = Error(type=error_type, message=message or "", traceback=traceback) if shown else None
-    return TaskView(status=status, tags=tuple(columns.pop("tags")), error=error, **columns)
+    held = None if held is None else HeldFor(held)
+    return TaskView(status=status, held=held, tags=tuple(columns.pop("tags")), error=error, **columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +96,7 @@ class Original:
     status: TaskStatus
     name: str
     queue: str
+    concurrency_key: str
     args: str
     kwargs: str
     tags: tuple[str, ...]
@@ -94,9 +106,10 @@ class Original:
     time_limit: float | None
 
 
-_AS_SUBMITTED = """
-SELECT status, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit
-  FROM task WHERE id = $1 AND owner = $2
+_AS_SUBMITTED = f"""
+SELECT t.status, t.name, t.queue, t.args, t.kwargs, t.tags, t.webhook_url, t.webhook_events, t.max_retries,
+       t.time_limit, {_GIVEN_KEY}
+  FROM task t WHERE t.id = $1 AND t.owner = $2
 """
 
 
@@ -199,20 +212,24 @@ async def budgets(db: Database, held: Claim) -> Budgets | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueCounts:
-    """Unfinished tasks of one queue."""
+    """Unfinished tasks of one queue, and whether it is paused. Those that are held are not among those that wait."""
 
     queue: str
+    paused: bool
     waiting: int
+    held: int
     running: int
 
 
 # What waits is counted in two, because each has an index of its own.
 _QUEUE_COUNTS = """
-SELECT q.queue,
+SELECT q.queue, COALESCE((SELECT paused FROM queue_setting s WHERE s.queue = q.queue), false) AS paused,
        (SELECT count(*) FROM task t
          WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NULL)
      + (SELECT count(*) FROM task t
-         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NOT NULL) AS waiting,
+         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NOT NULL
+           AND t.position IS NOT NULL) AS waiting,
+       (SELECT count(*) FROM held_task h WHERE h.queue = q.queue AND h.let_go_at IS NULL) AS held,
        (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running
   FROM unnest($1::text[]) AS q (queue)
 """
@@ -246,9 +263,11 @@ async def unfinished_queues(db: Database) -> set[str]:
     return {row["queue"] for row in await db.fetch(sql)}
 
 
-# An entry of the one index takes 28 bytes of a page at least, of the other 44.
+# An entry of the one index takes 28 bytes of a page at least, of the others 44. What is held has no position, and
+# such entries are packed more densely, so it is counted by its line.
 _MOST_WAITING = """
-SELECT (pg_relation_size('task_published') + pg_relation_size('task_unpublished')) / 28
+SELECT (pg_relation_size('task_published') + pg_relation_size('task_unpublished')
+        + pg_relation_size('held_task_line')) / 28
 """
 
 

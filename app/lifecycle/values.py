@@ -1,5 +1,6 @@
 """What travels in and out of the state machine."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -23,6 +24,7 @@ class NewTask:
         due_at: when it is due, with a time zone.
         expires_in_seconds: from now until it is not worth running any more; or `expires_at`.
         time_limit: seconds that one attempt may take.
+        concurrency_key: with which others of its queue and owner it shares the limits for each key; empty for none.
         failures: what it has spent already of `max_retries`, as Celery's `apply_async(retries=…)` says.
         unique_key: a digest of what no two unfinished tasks may share; None for one of many.
         unique_for_seconds: how old an unfinished task with this digest may be, to be answered in place of this one.
@@ -48,6 +50,14 @@ class NewTask:
     owner: str = ""
     unique_key: bytes | None = None
     unique_for_seconds: float | None = None
+    concurrency_key: str = ""
+
+    @property
+    def stored_key(self) -> str:
+        """Its `concurrency_key` with its owner: what another owner calls the same is another's, and delays nobody."""
+        return (
+            f"{self.owner}\x1f{self.concurrency_key}" if self.owner and self.concurrency_key else self.concurrency_key
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +132,7 @@ class Claimed:
         args: JSON text of an array.
         kwargs: JSON text of an object.
         waited_seconds: from being due to this claim.
+        limited_with: its `stored_key` if it is in a limited queue, where others may wait for its end; else None.
     """
 
     claim: Claim
@@ -133,6 +144,7 @@ class Claimed:
     time_limit: float | None
     traceparent: str | None
     waited_seconds: float
+    limited_with: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +195,24 @@ class Lease:
     claim: Claim
     held: bool
     cancel_requested: bool
+
+
+def bells_of(rows: Iterable[Record]) -> list[Bell]:
+    """The messages of rows that were just stamped, in line."""
+    bells = [
+        Bell(
+            task_id=row["id"],
+            name=row["name"],
+            queue=row["queue"],
+            attempt=row["attempt"],
+            position=row["position"],
+            time_limit=row["time_limit"],
+            traceparent=row["traceparent"],
+            overdue=row["overdue"],
+        )
+        for row in rows
+    ]
+    return sorted(bells, key=lambda bell: bell.position)
 
 
 def budgets_of(row: Record) -> Budgets:

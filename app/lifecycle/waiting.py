@@ -11,14 +11,15 @@ from uuid import UUID
 
 from app import delivery
 from app.core import backoff
-from app.db import Database, Record
+from app.db import Database
 from app.lifecycle import rules
-from app.lifecycle.values import Bell, Ended, NewTask, Settled, ended_of, settled_of
+from app.lifecycle.lines import HOLD, IN_LINE
+from app.lifecycle.values import Bell, Ended, NewTask, Settled, bells_of, ended_of, settled_of
 
 # `may_push`: no rows of this queue wait that were never pushed. While there are any, new ones go to the relay as
 # well, so that nobody overtakes. The last in line is asked for, not the first: before the first lie the dead
 # entries of all that were fed since the last vacuum.
-_SUBMIT = """
+_DUE = """
 WITH due AS (
     SELECT COALESCE($13::timestamptz, now() + make_interval(secs => $12::float8)) AS run_at
 ), publish AS (
@@ -29,18 +30,50 @@ WITH due AS (
                   AND published_at IS NULL AND position IS NOT NULL
                 ORDER BY queue DESC, position DESC LIMIT 1) IS NULL AS may_push
       FROM due
-)
+)"""
+_INSERT = """
 INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, max_retries, time_limit, traceparent,
-                  rerun_of, failures, webhook_events, owner,
+                  rerun_of, failures, webhook_events, owner, concurrency_key,
                   run_at, expires_at, position, published_at)
-SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17, $18::text[], $19,
+SELECT $1, $2, $3, $4::json, $5::json, $6::text[], $7, $8, $9::float8, $10, $11::uuid, $17, $18::text[], $19, $20,
        due.run_at,
-       COALESCE($15::timestamptz, now() + make_interval(secs => $14::float8)),
+       COALESCE($15::timestamptz, now() + make_interval(secs => $14::float8)),"""
+_SUBMIT = f"""
+{_DUE}
+{_INSERT}
        CASE WHEN now_due THEN nextval('task_position') END,
        CASE WHEN now_due AND may_push THEN now() END
   FROM due, publish
+ WHERE NOT EXISTS (SELECT FROM queue_setting s WHERE s.queue = $3)
 ON CONFLICT (id) DO NOTHING
 RETURNING published_at IS NOT NULL AS stamped, position
+"""
+
+# For a queue that has a setting. What is due is held right away if the queue is paused, or if others are held before
+# it, and never makes the way through Redis.
+_SUBMIT_OR_HOLD = f"""
+{_DUE}, gate AS (
+    SELECT reason, line FROM (
+        (SELECT 1 AS nth, 'paused' AS reason, '' AS line FROM queue_setting s WHERE s.queue = $3 AND s.paused)
+        UNION ALL
+        (SELECT 2, reason, line FROM held_task WHERE queue = $3 AND line = '' AND let_go_at IS NULL
+          ORDER BY queue DESC, line DESC, run_at DESC, task_id DESC LIMIT 1)
+        UNION ALL
+        (SELECT 3, reason, line FROM held_task WHERE $20 <> '' AND queue = $3 AND line = $20 AND let_go_at IS NULL
+          ORDER BY queue DESC, line DESC, run_at DESC, task_id DESC LIMIT 1)
+    ) AS held ORDER BY nth LIMIT 1
+), inserted AS (
+{_INSERT}
+       CASE WHEN now_due AND reason IS NULL THEN nextval('task_position') END,
+       CASE WHEN now_due AND reason IS NOT NULL THEN 'infinity' WHEN now_due AND may_push THEN now() END
+  FROM due, publish LEFT JOIN gate ON true
+ON CONFLICT (id) DO NOTHING
+RETURNING id, queue, concurrency_key, run_at, published_at, position
+), held AS (
+    {HOLD} SELECT i.id, i.queue, i.concurrency_key, gate.line, gate.reason, i.run_at FROM inserted i, gate
+     WHERE i.published_at = 'infinity' {IN_LINE}
+)
+SELECT published_at < 'infinity' AS stamped, position FROM inserted
 """
 
 
@@ -53,11 +86,10 @@ async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell
         hold_back: leave its message to the relay, because Redis is away or full.
 
     Returns:
-        The message to push now, or None if the relay will push it: it is not due, or held back,
-        or a task of this id is there already (then nothing was written).
+        The message to push now, or None if the relay will push it: it is not due, or held back, or its
+        queue is paused or has others before it, or a task of this id is there already (then nothing was written).
     """
-    row = await db.fetchrow(
-        _SUBMIT,
+    arguments = (
         new.id,
         new.name,
         new.queue,
@@ -77,7 +109,9 @@ async def submit(db: Database, new: NewTask, *, hold_back: bool = False) -> Bell
         new.failures,
         None if new.webhook_events is None else list(new.webhook_events),
         new.owner,
+        new.stored_key,
     )
+    row = await db.fetchrow(_SUBMIT, *arguments) or await db.fetchrow(_SUBMIT_OR_HOLD, *arguments)
     if row is None or not row["stamped"]:
         return None
     return Bell(
@@ -103,9 +137,10 @@ def insert_fired(source: str) -> str:
     # `source` is a name that our own statements use, never input.
     return f"""
     INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
-                      traceparent, owner, schedule, scheduled_for, run_at, expires_at)
+                      traceparent, owner, concurrency_key, schedule, scheduled_for, run_at, expires_at)
     SELECT id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
-           traceparent, owner, schedule, scheduled_for, now(), now() + make_interval(secs => expires_seconds)
+           traceparent, owner, concurrency_key, schedule, scheduled_for,
+           now(), now() + make_interval(secs => expires_seconds)
       FROM {source}
     RETURNING id
     """
@@ -131,7 +166,7 @@ RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.tracepar
 
 async def take_due(db: Database, queue: str, *, limit: int) -> list[Bell]:
     """Stamp waiting rows that have no message and are due; the caller pushes what is returned."""
-    return _bells(await db.fetch(_TAKE_DUE, queue, limit))
+    return bells_of(await db.fetch(_TAKE_DUE, queue, limit))
 
 
 # Rows are fed in the order in which they were due, and a released one keeps its time, so it is among the
@@ -159,7 +194,7 @@ async def take_released(db: Database, queue: str, *, among: int) -> list[Bell]:
         queue: whose rows.
         among: how many of the rows that are due first are looked at.
     """
-    return _bells(await db.fetch(_TAKE_RELEASED, queue, among))
+    return bells_of(await db.fetch(_TAKE_RELEASED, queue, among))
 
 
 # A row whose place lies below the tail as it was one grace ago, and which was pushed before that, has
@@ -192,13 +227,14 @@ async def take_lost(
         published_before: when that was noted, by Postgres's clock.
         limit: rows at most.
     """
-    return _bells(await db.fetch(_TAKE_LOST, queue, below_position, published_before, limit))
+    return bells_of(await db.fetch(_TAKE_LOST, queue, below_position, published_before, limit))
 
 
 _UNPUBLISH = """
 UPDATE task t SET published_at = NULL
   FROM (SELECT w.id FROM task w JOIN unnest($1::uuid[], $2::int[]) AS m (id, attempt) USING (id)
-         WHERE w.attempt = m.attempt AND w.status IN ('PENDING', 'RETRY') ORDER BY w.id FOR UPDATE OF w) d
+         WHERE w.attempt = m.attempt AND w.status IN ('PENDING', 'RETRY') AND w.published_at IS DISTINCT FROM 'infinity'
+         ORDER BY w.id FOR UPDATE OF w) d
  WHERE t.id = d.id
 """
 
@@ -206,23 +242,6 @@ UPDATE task t SET published_at = NULL
 async def unpublish(db: Database, bells: Sequence[Bell]) -> None:
     """Take back the stamp of messages that could not be pushed, so that the relay feeds them in order."""
     await db.execute(_UNPUBLISH, [bell.task_id for bell in bells], [bell.attempt for bell in bells])
-
-
-def _bells(rows: Sequence[Record]) -> list[Bell]:
-    bells = [
-        Bell(
-            task_id=row["id"],
-            name=row["name"],
-            queue=row["queue"],
-            attempt=row["attempt"],
-            position=row["position"],
-            time_limit=row["time_limit"],
-            traceparent=row["traceparent"],
-            overdue=row["overdue"],
-        )
-        for row in rows
-    ]
-    return sorted(bells, key=lambda bell: bell.position)
 
 
 CANCEL = f"""
@@ -241,6 +260,8 @@ _CANCEL = f"""
 WITH asked AS ({CANCEL}
      WHERE id = $1 AND owner = $2 AND status IN ('PENDING', 'RETRY', 'STARTED')
     RETURNING {delivery.told_columns()}, error_traceback
+), unheld AS (
+    DELETE FROM held_task WHERE task_id = $1
 ), hook AS ({delivery.intend("asked")})
 SELECT * FROM asked
 """
@@ -270,6 +291,8 @@ WITH late AS (
            event_sequence = event_sequence + {delivery.tells("'REVOKED'")}
       FROM late WHERE t.id = late.id
     RETURNING {delivery.told_columns("t")}, t.error_traceback
+), unheld AS (
+    DELETE FROM held_task WHERE task_id = ANY (ARRAY(SELECT id FROM late))
 ), hook AS ({delivery.intend("ended")})
 SELECT * FROM ended
 """

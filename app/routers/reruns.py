@@ -66,6 +66,7 @@ def _changed(old: lifecycle.Original, changes: dict[str, Any]) -> Body:
         "args": json.loads(old.args),
         "kwargs": json.loads(old.kwargs),
         "queue": old.queue,
+        "concurrency_key": old.concurrency_key or None,
         "max_retries": old.max_retries,
         "time_limit": old.time_limit,
         "tags": list(old.tags),

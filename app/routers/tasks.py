@@ -239,6 +239,8 @@ def _task_read(found: lifecycle.TaskView) -> schemas.TaskRead:
         status=found.status,
         task=found.name,
         queue=found.queue,
+        concurrency_key=found.concurrency_key or None,
+        held=found.held,
         attempt=found.attempt,
         failures=found.failures,
         max_retries=found.max_retries,

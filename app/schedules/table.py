@@ -177,7 +177,7 @@ WITH busy AS (
     SELECT moved.owner, moved.schedule, w.id, w.scheduled_for, w.traceparent,
            $10::text AS name, $11::text AS queue, $12::json AS args, $13::json AS kwargs, $14::text[] AS tags,
            $15::text AS webhook_url, $16::text[] AS webhook_events, $17::int AS max_retries,
-           $18::float8 AS time_limit, $19::float8 AS expires_seconds
+           $18::float8 AS time_limit, $19::float8 AS expires_seconds, COALESCE($20::text, '') AS concurrency_key
       FROM moved, unnest($7::uuid[], $8::timestamptz[], $9::text[]) AS w (id, scheduled_for, traceparent)
      WHERE NOT moved.still
 ), noted AS (
@@ -226,6 +226,7 @@ async def fire(db: Database, schedule: Schedule, decided: Due, tasks: Sequence[l
         one and one.max_retries,
         one and one.time_limit,
         one and one.expires_in_seconds,
+        one and one.stored_key,
     )
     return None if row is None else Fired(row["submitted"], row["still"] and bool(tasks))
 

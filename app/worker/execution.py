@@ -227,7 +227,8 @@ def run_attempt(task: DurableTask) -> None:
     """Run the attempt that the current message offers, if the row agrees.
 
     Raises:
-        Ignore: if the message was a duplicate or stale, or its claim was superseded: Celery reports nothing.
+        Ignore: if the message was a duplicate or stale, its task is held for its queue, or the claim was
+            superseded: Celery reports nothing.
         SystemExit: if the worker is stopping; the task has been handed back.
     """
     wanted = _wanted(task)
@@ -385,9 +386,11 @@ def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None)
     error = outcome.error if isinstance(outcome, Failed | RetryAsked | Misfit) else None
     reason = f" ({error.type})" if error else ""
     log.info("%s %s attempt %d ended %s%s", claimed.name, task_id, attempt, settled.status, reason)
+    here = bridge.current()
     if settled.ended is not None:
-        here = bridge.current()
         here.start(publisher.announce_end(here.broker, settled.ended))
+    if claimed.limited_with is not None:
+        here.start(publisher.let_go(here.db, here.broker, claimed.queue, claimed.limited_with))
 
 
 def _show(running: Running) -> None:

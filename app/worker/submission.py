@@ -84,6 +84,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
         webhook_url: str | None = None,
         webhook_events: Sequence[str] | None = None,
         tags: Sequence[str] = (),
+        concurrency_key: str | None = None,
         **options: Any,
     ) -> AsyncResult:
         """Submit a catalogued task durably, as `POST /api/tasks/submit` does.
@@ -107,6 +108,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             webhook_url: who is told when it ends.
             webhook_events: what is told instead, such as `["task.started", "task.failed"]`.
             tags: words to find it by.
+            concurrency_key: with whom of its queue it shares the limits for each key.
             options: what Celery itself adds is ignored; callbacks, chords and anything unknown are refused.
 
         Raises:
@@ -127,6 +129,7 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             id=UUID(task_id) if task_id else ids.uuid7(),
             name=name,
             queue=_queue_name(queue or entry.queue or here.settings.queues[0], here.settings),
+            concurrency_key=concurrency_key or "",
             args=as_json[0],
             kwargs=as_json[1],
             tags=tuple(tags),
@@ -200,10 +203,16 @@ def _check(new: lifecycle.NewTask) -> None:
     for option, moment in (("eta", new.due_at), ("expires", new.expires_at)):
         if moment is not None and moment > farthest:
             raise ValueError(f"{option} must be at most a year ahead")
-    if len(new.tags) > limits.TAGS or not all(0 < len(tag) <= limits.TAG_LENGTH for tag in new.tags):
-        raise ValueError(f"tags must be at most {limits.TAGS}, of 1 to {limits.TAG_LENGTH} characters each")
+    _check_words(new)
     if new.webhook_events is not None:
         _check_events(new, new.webhook_events)
+
+
+def _check_words(new: lifecycle.NewTask) -> None:
+    if len(new.tags) > limits.TAGS or not all(0 < len(tag) <= limits.TAG_LENGTH for tag in new.tags):
+        raise ValueError(f"tags must be at most {limits.TAGS}, of 1 to {limits.TAG_LENGTH} characters each")
+    if len(new.concurrency_key) > limits.CONCURRENCY_KEY_LENGTH:
+        raise ValueError(f"concurrency_key must be at most {limits.CONCURRENCY_KEY_LENGTH} characters")
 
 
 def _check_events(new: lifecycle.NewTask, events: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ stand here once more, in the words of the design, not in those of the code.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,6 +198,26 @@ def skipped(test: str, report: Any) -> str:
     """The line of a test that was not run, from where and why pytest says it was skipped."""
     reason = report[2] if isinstance(report, tuple) else str(report)
     return f"skipped: {test}: {reason.removeprefix('Skipped: ')}"
+
+
+def at_once(effects: Sequence[Effect], steps: Sequence[Step]) -> int:
+    """How many runs there were at the same time at most, by what they noted themselves.
+
+    A run that was killed noted no end: it counts until its attempt was over for the service, which is later.
+    """
+    over = {(one.task_id, one.attempt): one.at for one in steps if one.before == "STARTED"}
+    noted = {(one.task_id, one.token): one.at for one in effects if one.what == "end"}
+    changes = []
+    for one in effects:
+        if one.what == "begin":
+            ended = noted.get((one.task_id, one.token), over.get((one.task_id, one.attempt), math.inf))
+            # In the order of the clock; at the same moment first what ends.
+            changes += [(one.at, 1), (ended, -1)]
+    most = running = 0
+    for _, change in sorted(changes):
+        running += change
+        most = max(most, running)
+    return most
 
 
 def idle_in_transaction(log: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 from collections.abc import AsyncIterator
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from app import doctor, lifecycle
@@ -95,6 +96,31 @@ async def test_an_end_that_nobody_hears_of_is_a_breach(db: Database, breaking: s
 async def test_a_task_that_waits_for_nothing_is_a_breach(db: Database, breaking: str, word: str) -> None:
     await submitted(db)
     await db.execute(breaking)
+
+    [breach] = await lifecycle.breaches(db, overdue_seconds=60.0)
+    assert word in breach.invariant
+
+
+@pytest.mark.parametrize(
+    ("breaking", "word"),
+    [
+        ("DELETE FROM held_task", "stands in a line"),
+        ("UPDATE held_task SET let_go_at = now()", "stands in a line"),
+        (
+            "UPDATE held_task SET run_at = now() - interval '1 h'; DELETE FROM queue_setting",
+            "waits for a pause",
+        ),
+    ],
+)
+async def test_a_task_that_is_held_for_nothing_is_a_breach(
+    db: Database, settings: Settings, breaking: str, word: str
+) -> None:
+    await lifecycle.pause_queue(db, "default")
+    await submitted(db)
+    assert await lifecycle.breaches(db, overdue_seconds=60.0) == []
+    connection = await asyncpg.connect(settings.postgres_dsn)
+    await connection.execute(breaking)
+    await connection.close()
 
     [breach] = await lifecycle.breaches(db, overdue_seconds=60.0)
     assert word in breach.invariant

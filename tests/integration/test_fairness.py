@@ -14,7 +14,7 @@ import pytest
 from app import circuits, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import errors, metrics, stopping
+from app.core import errors, metrics, repeating, stopping
 from app.core.config import Settings
 from app.core.statuses import DeliveryStatus
 from app.db import Database
@@ -93,7 +93,7 @@ async def test_a_black_hole_does_not_keep_healthy_receivers_waiting(relay: Relay
         await due(db, DEAD, f"http://dead.test:{port}", since_seconds=3600.0)
         await due(db, HEALTHY, f"http://healthy-#.test:{receiver.port}")
         began = time.monotonic()
-        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+        loop = asyncio.create_task(repeating.every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
 
         async def all_delivered() -> bool:
             return (await statuses(db, "http://healthy%"))["delivered"] == HEALTHY
@@ -133,7 +133,7 @@ async def test_many_black_holes_take_no_place_from_a_healthy_receiver(
     with Receiver() as receiver, black_hole() as port:
         for number in range(holes):
             await due(db, circuits.CAP, f"http://dead-{number}.test:{port}", since_seconds=3600.0)
-        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+        loop = asyncio.create_task(repeating.every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
         await until(
             lambda: len(relay.sending) == holes * circuits.CAP, what="a POST to each, on all that they may have"
         )
@@ -160,7 +160,7 @@ async def test_owners_with_many_black_holes_leave_places_for_all_others(
         held = Counter(one.claimed.receiver.owner for one in relay.sending.values())
         assert (held["ann"], held["bob"]) == (20, 10)
         await due(db, 20, f"http://healthy-#.test:{receiver.port}", owner="cid")
-        loop = asyncio.create_task(relays._every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
+        loop = asyncio.create_task(repeating.every(relays.TICK_SECONDS, lambda: relays._deliver(relay), "delivering"))
 
         async def all_delivered() -> bool:
             return (await statuses(db, "http://healthy%"))["delivered"] == 20

@@ -113,6 +113,31 @@ async def test_all_that_pass_a_filter_are_cancelled(api: httpx.AsyncClient, rela
 
 
 @pytest.mark.usefixtures("short_steps")
+async def test_what_is_held_is_cancelled_too_and_leaves_its_line(
+    api: httpx.AsyncClient, relay: Relay, db: Database
+) -> None:
+    await lifecycle.pause_queue(db, "default")
+    held = [await submitted(db, tags=("old",)) for _ in range(6)]
+    stays = await submitted(db, tags=("new",))
+    assert await db.fetchval("SELECT count(*) FROM held_task") == 7
+    job = await worked_off(api, relay, await begun(api, "cancel", tag="old"))
+    assert (job["status"], job["done"]) == ("done", 6)
+    assert {(await row(db, task_id))["status"] for task_id in held} == {"REVOKED"}
+    assert [one["task_id"] for one in await db.fetch("SELECT task_id FROM held_task")] == [stays]
+
+
+@pytest.mark.usefixtures("short_steps")
+async def test_what_is_run_again_in_a_paused_queue_is_held(api: httpx.AsyncClient, relay: Relay, db: Database) -> None:
+    await failed(db, tags=("old",))
+    await lifecycle.pause_queue(db, "default")
+    await worked_off(api, relay, await begun(api, "rerun", tag="old"))
+    await relay.look_at_limits()
+    await relay.publish_due("default")
+    [made] = await db.fetch("SELECT id FROM task WHERE rerun_of IS NOT NULL")
+    assert (await api.get(f"/api/tasks/{made['id']}")).json()["held"] == "paused"
+
+
+@pytest.mark.usefixtures("short_steps")
 async def test_all_that_pass_a_filter_are_run_again_once(api: httpx.AsyncClient, relay: Relay, db: Database) -> None:
     fields = {
         "args": '["é"]',
@@ -123,6 +148,7 @@ async def test_all_that_pass_a_filter_are_run_again_once(api: httpx.AsyncClient,
         "max_retries": 7,
         "time_limit": 9.5,
         "queue": "default",
+        "concurrency_key": "customer-7",
     }
     meant = [await failed(db, **fields) for _ in range(10)]
     await submitted(db, tags=("old",))
@@ -131,7 +157,8 @@ async def test_all_that_pass_a_filter_are_run_again_once(api: httpx.AsyncClient,
     made = await db.fetch("SELECT * FROM task WHERE rerun_of IS NOT NULL ORDER BY position")
     assert {one["rerun_of"] for one in made} == set(meant)
     assert len(made) == 10
-    copied = ("name", "queue", "args", "kwargs", "tags", "webhook_url", "webhook_events", "max_retries", "time_limit")
+    copied = ("name", "queue", "concurrency_key", "args", "kwargs", "tags", "webhook_url", "webhook_events",
+              "max_retries", "time_limit")  # fmt: skip
     old = await row(db, meant[0])
     for one in made:
         assert {name: one[name] for name in copied} == {name: old[name] for name in copied}

@@ -232,7 +232,7 @@ STATEMENTS: dict[str, tuple[str, tuple[object, ...], str]] = {
     # statement, arguments, the index that is for it
     "submit": (
         waiting._SUBMIT,
-        (uuid4(), "sample.echo", QUEUE, "[]", "{}", [], None, 3, *[None] * 3, 0.0, *[None] * 3, False, 0, None, ""),
+        (uuid4(), "sample.echo", QUEUE, "[]", "{}", [], None, 3, *[None] * 3, 0.0, *[None] * 3, False, 0, None, "", ""),
         "task_handed_back",
     ),
     "take_due": (waiting._TAKE_DUE, (QUEUE, 500), "task_unpublished"),

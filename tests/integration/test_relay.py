@@ -13,7 +13,7 @@ from standardwebhooks import Webhook
 from app import broker, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import errors, ids, stopping
+from app.core import errors, ids, repeating, stopping
 from app.core.config import Settings
 from app.db import Database
 from app.lifecycle import Budgets, Error, RetryAsked, Succeeded, decide
@@ -258,7 +258,7 @@ async def test_all_that_has_expired_ends_in_one_sweep_however_much_it_is(
         number,
     )
 
-    await relays._expire(relay, "default")
+    await relays._all(relay.expire, "default")
 
     assert await db.fetchval("SELECT count(*) FROM task WHERE status = 'REVOKED'") == number
     assert await plain.dbsize() == number, "everybody who waits is told"
@@ -393,7 +393,7 @@ async def test_all_events_get_their_place_however_many(relay: Relay, db: Databas
         " SELECT gen_random_uuid(), id, 'task.started', 1, 'https://example.com/', '{}' FROM t",
         relays.BATCH + 1,
     )
-    await relays._number(relay)
+    await relays._all(relay.number_events)
     assert await db.fetchval("SELECT count(DISTINCT position) FROM webhook_delivery") == relays.BATCH + 1
 
 
@@ -432,7 +432,7 @@ async def test_a_sweep_that_takes_long_comes_rarely_but_an_outage_does_not_count
         if len(began) < 3:
             raise errors.DatabaseUnavailable("gone")
 
-    loop = asyncio.create_task(relays._every(0.0, sweep, "sweeping", share_of_time=0.1))
+    loop = asyncio.create_task(repeating.every(0.0, sweep, "sweeping", share_of_time=0.1))
     await until(lambda: len(began) == 4, what="the fourth sweep")
     await stopping.stop(loop)
     first, _, third, fourth = began

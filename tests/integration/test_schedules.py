@@ -69,6 +69,7 @@ async def test_a_time_that_has_come_is_fired_once_with_all_that_is_to_be_submitt
     submit = {
         "args": [{"é": "😀"}],
         "queue": "default",
+        "concurrency_key": "customer-7",
         "max_retries": 7,
         "time_limit": 2.5,
         "expires": 60,
@@ -86,6 +87,9 @@ async def test_a_time_that_has_come_is_fired_once_with_all_that_is_to_be_submitt
     assert json.loads(task["args"]) == [{"é": "😀"}]
     assert (task["max_retries"], task["time_limit"], task["tags"]) == (7, 2.5, ["nightly"])
     assert (task["webhook_url"], task["webhook_events"]) == ("https://example.com/hook", ["task.failed"])
+    view = await lifecycle.view(db, task["id"], owner=OWNER)
+    assert view is not None
+    assert view.concurrency_key == "customer-7"
     assert task["expires_at"] - task["created_at"] == timedelta(seconds=60)
     assert task["traceparent"].startswith("00-")
     after = await read(db)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from app import lifecycle
-from app.core.statuses import Reason, TaskStatus
+from app.core.statuses import HeldFor, Reason, TaskStatus
 
 PENDING = lifecycle.Facts(
     status=TaskStatus.PENDING,
@@ -18,6 +18,7 @@ PENDING = lifecycle.Facts(
     due_in=-3.0,
     expires_in=None,
     published=True,
+    held=None,
     ahead=12,
     running_for=None,
     lease_left=None,
@@ -89,6 +90,21 @@ LINE = "2 workers consume it, 8 of 8 slots busy"
             {"queue_known": False},
             Reason.QUEUE_UNKNOWN,
             "It waits: queue `reports` is not among TASKQUEUE_QUEUES, so nobody looks after it.",
+        ),
+        (
+            {"held": HeldFor.PAUSED, "ahead": 1, "consumers": 0},
+            {"depth": None},
+            Reason.HELD,
+            "It is held: queue `reports` is paused, or is being worked off since it was; 1 task is held before it.",
+        ),
+        (
+            {"held": HeldFor.KEY_CONCURRENCY, "expires_in": 5.0},
+            {},
+            Reason.HELD,
+            (
+                "It is held: as many tasks of its `concurrency_key` run in queue `reports` as may;"
+                " about 12 tasks are held before it. It expires in 5 s unless it starts."
+            ),
         ),
         ({}, {"depth": None}, Reason.REDIS_AWAY, "It waits: Redis does not answer, so no message can be taken."),
         (
@@ -181,3 +197,8 @@ def test_of_a_task_that_runs(facts: dict[str, Any], reason: Reason, sentence: st
 def test_of_a_task_that_has_ended(facts: dict[str, Any], sentence: str) -> None:
     found = lifecycle.explain(replace(ENDED, **facts), AROUND)
     assert (found.reason, found.sentence) == (Reason.ENDED, sentence)
+
+
+def test_there_is_a_sentence_for_whatever_a_task_is_held_for() -> None:
+    said = {lifecycle.explain(replace(PENDING, held=reason), AROUND).sentence for reason in HeldFor}
+    assert len(said) == len(HeldFor)

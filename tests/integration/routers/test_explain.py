@@ -74,6 +74,22 @@ async def test_those_without_a_message_come_after_those_with_one(db: Database) -
     ]
 
 
+async def test_a_task_that_is_held_and_how_many_before_it(api: httpx.AsyncClient, db: Database) -> None:
+    await announced(db)
+    await submitted(api)
+    await api.post("/api/queues/default/pause")
+    ids = [await submitted(api) for _ in range(3)]
+    found = [await explained(api, task_id) for task_id in ids]
+    assert [(one["reason"], one["facts"]["ahead"]) for one in found] == [("held", 0), ("held", 1), ("held", 2)]
+    assert found[1]["explanation"] == (
+        "It is held: queue `default` is paused, or is being worked off since it was; 1 task is held before it."
+    )
+    await lifecycle.resume_queue(db, "default")
+    await lifecycle.let_go(db, "default", limit=1)
+    found = [await explained(api, task_id) for task_id in ids]
+    assert [(one["reason"], one["facts"]["ahead"]) for one in found] == [("in_line", 1), ("held", 0), ("held", 1)]
+
+
 async def test_a_task_that_is_not_due(api: httpx.AsyncClient) -> None:
     found = await explained(api, await submitted(api, countdown=40, expires=90))
     assert found["reason"] == "not_due"

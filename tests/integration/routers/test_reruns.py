@@ -43,6 +43,7 @@ async def test_a_rerun_is_a_new_task_that_names_the_old_one(
         task="sample.echo",
         args=[{"é": [1, 2.5, None, "😀"]}],
         queue="reports",
+        concurrency_key="customer-7",
         max_retries=7,
         time_limit=12.5,
         tags=["nightly", "é"],
@@ -58,6 +59,7 @@ async def test_a_rerun_is_a_new_task_that_names_the_old_one(
     assert (made["rerun_of"], made["status"], made["attempt"], made["failures"]) == (old, "PENDING", 0, 0)
     assert made["expires_at"] is None
     assert (await api.get(f"/api/tasks/{new}")).json()["rerun_of"] == str(old)
+    assert (await api.get(f"/api/tasks/{new}")).json()["concurrency_key"] == "customer-7"
 
     broker = Broker(api_settings.redis_url.get_secret_value(), client_name="test")
 

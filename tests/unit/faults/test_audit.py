@@ -296,3 +296,17 @@ def test_a_skipped_fault_is_told_with_its_reason() -> None:
     assert audit.skipped("tests/faults/test_disks.py::test_a", report) == (
         "skipped: tests/faults/test_disks.py::test_a: a disk can't be mounted here"
     )
+
+
+def test_runs_at_the_same_time_are_counted_until_they_noted_their_end_or_their_attempt_was_over() -> None:
+    def run(task_id: str, begun: float, ended: float | None) -> list[Effect]:
+        noted = [("begin", begun)] + ([("end", ended)] if ended is not None else [])
+        return [Effect(what, task_id, 1, f"token of {task_id}", at, 1) for what, at in noted]
+
+    lost = Step(8, "killed", "STARTED", "RETRY", 1, None, False, losses=1)
+    one_by_one = [*run("a", 1, 2), *run("b", 2, 3)]
+    assert audit.at_once([], []) == 0
+    assert audit.at_once(one_by_one, []) == 1
+    assert audit.at_once([*one_by_one, *run("c", 2.5, 4)], []) == 2
+    assert audit.at_once([*run("killed", 1, None), *run("d", 7, 9), *run("e", 8, 9)], [lost]) == 2
+    assert audit.at_once([*run("killed", 1, None), *run("d", 7, 9), *run("e", 8, 9)], []) == 3

@@ -139,8 +139,8 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
     owner: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
     """On whose behalf it was submitted; empty where nobody has to say who they are."""
     concurrency_key: str = Field(default="", sa_column=Column(Text, nullable=False, server_default=text("''")))
-    """With which others of its queue it shares the limits for each key, after the name of its owner, if it has one;
-    empty for none. Its length is bounded where it comes in: a CHECK would be paid for by each claim and settle."""
+    """With which others of its queue it shares the limits for each key, after the name of its owner; empty for
+    none. Its length is bounded where it comes in: a CHECK would be paid for by each claim and settle."""
     rerun_of: UUID | None = Field(default=None, sa_column=Column(Uuid))
     """The ended task that this one runs again."""
     schedule: str | None = Field(default=None, sa_column=Column(Text))

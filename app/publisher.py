@@ -161,9 +161,7 @@ def meta_of(ended: lifecycle.Ended) -> bytes:
 async def let_go(database: db.Database, broker: Broker, queue: str, key: str) -> None:
     """Push what may start now that a task of this queue and key has ended. Never fails: a relay looks again."""
     with contextlib.suppress(errors.DatabaseUnavailable):
-        bells = await lifecycle.let_go(database, queue, limit=BATCH)
-        if key:
-            bells += await lifecycle.let_go_of_key(database, queue, key, limit=BATCH)
+        bells = await lifecycle.let_go(database, queue, key=key, limit=BATCH)
         if bells:
             try:
                 await broker.publish(queue, bells)

@@ -45,6 +45,8 @@ KEYS_AT_ONCE = 500
 """How many keys of a queue are looked at for room in one sweep; the next one goes on where it ended."""
 LET_GO_SHARE = 0.25
 """How much of the time of a queue may be spent on that."""
+LET_GO_REST_SECONDS = 2.0
+"""How long it rests at most after a sweep that took long: one that has waited for Redis or a lock has done no work."""
 TURN_SECONDS = 2.0
 """How long after its message was pushed a held task that does not wait any more keeps its room."""
 BATCH = 500
@@ -134,10 +136,14 @@ class Relay:
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for.
 
-        What a stopping worker handed back needs no room: it had its turn. Rows of a paused queue are held.
+        What a stopping worker handed back needs no room: it had its turn. Rows of a queue that is paused or limited
+        are held, and let go from there.
         """
-        if self.restricted.get(queue, False):
-            return await lifecycle.hold_due(self.db, queue, limit=BATCH)
+        if queue in self.restricted:
+            if held := await lifecycle.hold_due(self.db, queue, limit=BATCH):
+                return held if self.restricted[queue] else BATCH  # There may be more, and the feed must not be faster.
+            if self.restricted[queue]:
+                return 0
         room = publisher.DEPTH_CAP - await self.broker.depth(queue)
         if room > 0:
             bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue, BATCH), room))
@@ -158,14 +164,12 @@ class Relay:
         if room <= 0:
             return 0
         batch = min(self._batch(queue, BATCH), room)
-        bells = await lifecycle.let_go(self.db, queue, limit=batch)
-        await self._push(queue, bells)
         after = self.walked_keys.get(queue, "")
-        by_key, self.walked_keys[queue] = await lifecycle.let_go_by_key(
+        bells, self.walked_keys[queue] = await lifecycle.let_go_round(
             self.db, queue, after=after, keys=KEYS_AT_ONCE, limit=batch
         )
-        await self._push(queue, by_key)
-        return max(len(bells), len(by_key))
+        await self._push(queue, bells)
+        return len(bells)
 
     async def note_tail(self, queue: str) -> None:
         """Note where the tail of a queue is. Without a message there that can be believed, there is no note."""
@@ -504,7 +508,19 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     for queue in relay.settings.queues:
         loops += [
             every(TICK_SECONDS, partial(_all, relay.publish_due, queue), f"publishing to {queue}"),
-            every(TICK_SECONDS, partial(_let_go, relay, queue), f"letting go in {queue}", share_of_time=LET_GO_SHARE),
+            every(
+                TICK_SECONDS,
+                partial(_let_go, relay, queue),
+                f"letting go in {queue}",
+                share_of_time=LET_GO_SHARE,
+                rest_at_most=LET_GO_REST_SECONDS,
+            ),
+            every(
+                STRAY_SECONDS,
+                partial(_mend, relay, queue),
+                f"looking for tasks of {queue} that stand in no line",
+                share_of_time=EXPORT_SHARE_OF_TIME,
+            ),
             every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
             every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
             every(NOTE_SECONDS, partial(_all, relay.expire, queue), f"expiring in {queue}"),
@@ -526,6 +542,11 @@ async def _let_go(relay: Relay, queue: str) -> None:
         return
     relay.looked_at_held[queue] = now
     await _all(relay.let_go, queue)
+
+
+async def _mend(relay: Relay, queue: str) -> None:
+    while mended := await lifecycle.mend(relay.db, queue, limit=BATCH):
+        log.error("%d tasks of %s were held and stood in no line; they are fed again", mended, queue)
 
 
 async def _forget(relay: Relay) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -11,11 +12,23 @@ log = logging.getLogger(__name__)
 
 
 async def every(
-    seconds: float, sweep: Callable[[], Awaitable[object]], what: str, *, share_of_time: float = 1.0
+    seconds: float,
+    sweep: Callable[[], Awaitable[object]],
+    what: str,
+    *,
+    share_of_time: float = 1.0,
+    rest_at_most: float = math.inf,
 ) -> None:
     """Repeat a sweep, more rarely if it takes more than its share of the time.
 
     An outage is logged once, and again when it ends.
+
+    Args:
+        seconds: from the beginning of one to that of the next.
+        sweep: what is repeated.
+        what: its name in the log.
+        share_of_time: how much of the time it may take.
+        rest_at_most: how many seconds it rests at most, for the sake of that, after one that took long.
     """
     out = False
     while True:
@@ -33,4 +46,5 @@ async def every(
             log.exception("%s failed", what)
         took = time.monotonic() - began
         # What an outage took says nothing of what the next time will take.
-        await asyncio.sleep(max(seconds, took if out else took / share_of_time) - took)
+        rest = 0.0 if out else min(rest_at_most, took / share_of_time - took)
+        await asyncio.sleep(max(seconds - took, rest, 0.0))

@@ -23,7 +23,7 @@ from app.lifecycle.jobs import (
     step,
     take_step,
 )
-from app.lifecycle.lines import end_turns, forget_rates, hold_due, let_go, let_go_by_key, let_go_of_key
+from app.lifecycle.lines import end_turns, forget_rates, hold_due, let_go, let_go_round, mend
 from app.lifecycle.listing import COUNT_LIMIT, WALK, Count, Filter, Found, Mark, Order, Page, counts, page
 from app.lifecycle.presence import SEEN_SECONDS, announce, leave
 from app.lifecycle.queues import (
@@ -181,9 +181,9 @@ __all__ = [
     "job",
     "leave",
     "let_go",
-    "let_go_by_key",
-    "let_go_of_key",
+    "let_go_round",
     "limit_queue",
+    "mend",
     "most_waiting",
     "page",
     "pause_queue",

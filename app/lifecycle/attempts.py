@@ -60,11 +60,13 @@ SELECT {_TO_RUN}, {_WAITED},
 
 # For queues that have a setting. Claims of one queue, or of one key, that is limited come one after the other: each
 # sees what those before it have started (`queue_load`). One that may not start is held in this same statement,
-# behind those that are held already; who was let go has his turn, and minds only who runs.
+# behind those that are held already; who was let go has his turn, and minds only who runs. A turn in the line of the
+# queue is none in that of a key.
 _CLAIM_ONE_BY_ONE = f"""
 WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
 asked AS MATERIALIZED (
     SELECT t.queue, t.concurrency_key AS key, h.task_id IS NOT NULL AS in_turn,
+           COALESCE(h.line <> '', false) AS in_turn_of_key,
            COALESCE(s.paused, false) AS paused,
            COALESCE(s.concurrency_limit, s.rate_count) IS NOT NULL AS by_queue,
            t.concurrency_key <> '' AND COALESCE(s.key_concurrency_limit, s.key_rate_count) IS NOT NULL AS by_key,
@@ -91,11 +93,12 @@ asked AS MATERIALIZED (
                 WHEN distance IS NOT NULL AND q.next_at > now() + make_interval(secs => {BURST_SECONDS}) THEN 'rate'
                 WHEN q.others_held AND NOT in_turn
                     THEN CASE WHEN concurrency_limit IS NULL THEN 'rate' ELSE 'concurrency' END
-                WHEN k.running + CASE WHEN in_turn THEN 0 ELSE k.let_go END >= key_concurrency_limit
+                WHEN k.running + CASE WHEN in_turn_of_key THEN 0 WHEN in_turn THEN k.let_go - 1 ELSE k.let_go END
+                     >= key_concurrency_limit
                     THEN 'key_concurrency'
                 WHEN key_distance IS NOT NULL AND k.next_at > now() + make_interval(secs => {BURST_SECONDS})
                     THEN 'key_rate'
-                WHEN k.others_held AND NOT in_turn
+                WHEN k.others_held AND NOT in_turn_of_key
                     THEN CASE WHEN key_concurrency_limit IS NULL THEN 'key_rate' ELSE 'key_concurrency' END
            END AS hold_for
       FROM behind_key b,

@@ -56,7 +56,7 @@ _BREACHES: Mapping[str, str] = {
     "a held task stands in a line": """
         SELECT t.id FROM task t
          WHERE t.status IN ('PENDING', 'RETRY') AND t.published_at = 'infinity' AND $1::float8 IS NOT NULL
-           AND NOT EXISTS (SELECT FROM held_task h WHERE h.task_id = t.id AND h.let_go_at IS NULL)""",
+           AND (SELECT h.let_go_at IS NULL FROM held_task h WHERE h.task_id = t.id) IS NOT TRUE""",
     # The first of each line is enough: the others wait for it.
     "a held task waits for a pause, a rate, or others that wait for a worker, run or have just ended": """
         SELECT h.task_id

@@ -26,25 +26,62 @@ IN_LINE = """ON CONFLICT (task_id) DO UPDATE
 """SQL: even if it had its turn already."""
 
 
-# What comes due in a paused queue is held without a way through Redis, where it would look like work to a scaler.
+# What comes due in a queue that is paused or limited takes its place in a line without a way through Redis, where it
+# would look like work to a scaler, and through a worker's slot. Only what nothing limits is left to the feed.
 _HOLD_DUE = f"""
-WITH due AS (
-    SELECT id FROM task
-     WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NULL AND run_at <= now()
-       AND EXISTS (SELECT FROM queue_setting s WHERE s.queue = $1 AND s.paused)
-     ORDER BY run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED
+WITH setting AS MATERIALIZED (
+    SELECT paused, COALESCE(concurrency_limit, rate_count) IS NOT NULL AS by_queue,
+           COALESCE(key_concurrency_limit, key_rate_count) IS NOT NULL AS by_key,
+           CASE WHEN paused THEN 'paused' WHEN concurrency_limit IS NULL THEN 'rate' ELSE 'concurrency' END AS reason,
+           CASE WHEN key_concurrency_limit IS NULL THEN 'key_rate' ELSE 'key_concurrency' END AS key_reason
+      FROM queue_setting WHERE queue = $1
+), first AS MATERIALIZED (
+    SELECT id, paused OR by_queue AS whole, reason, key_reason
+      FROM (SELECT id, concurrency_key FROM task
+             WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NULL AND run_at <= now()
+             ORDER BY run_at, id LIMIT $2) AS due, setting
+     WHERE paused OR by_queue OR by_key AND concurrency_key <> ''
+), locked AS (
+    SELECT t.id, first.whole, first.reason, first.key_reason
+      FROM task t JOIN first USING (id)
+     WHERE t.status IN ('PENDING', 'RETRY') AND t.published_at IS NULL
+     ORDER BY t.run_at, t.id FOR UPDATE OF t SKIP LOCKED
 ), kept AS (
-    UPDATE task t SET published_at = 'infinity', position = NULL FROM due WHERE t.id = due.id
-    RETURNING t.id, t.queue, t.concurrency_key, t.run_at
+    UPDATE task t SET published_at = 'infinity', position = NULL FROM locked WHERE t.id = locked.id
+    RETURNING t.id, t.queue, t.concurrency_key, t.run_at, locked.whole, locked.reason, locked.key_reason
 )
-{HOLD} SELECT id, queue, concurrency_key, '', 'paused', run_at FROM kept
+{HOLD} SELECT id, queue, concurrency_key, CASE WHEN whole THEN '' ELSE concurrency_key END,
+              CASE WHEN whole THEN reason ELSE key_reason END, run_at FROM kept
 {IN_LINE}
 """
 
 
 async def hold_due(db: Database, queue: str, *, limit: int) -> int:
-    """Hold rows of a queue that are due and have no message, if it is paused; returns how many."""
+    """Hold rows that are due and have no message, as far as a pause or a limit concerns them; returns how many.
+
+    Args:
+        db: where.
+        queue: whose rows.
+        limit: how many of the rows that are due first are looked at.
+    """
     return int((await db.execute(_HOLD_DUE, queue, limit)).rpartition(" ")[2])
+
+
+# A row that is held but stands in no line would wait for ever. No statement leaves one behind, as far as we know; a
+# mistake in one of them, or a hand in the tables, must not cost a task.
+_MEND = """
+UPDATE task SET published_at = NULL
+ WHERE id = ANY (ARRAY(
+       SELECT id FROM task t
+        WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL AND position IS NULL
+          AND published_at = 'infinity' AND (SELECT true FROM held_task h WHERE h.task_id = t.id) IS NULL
+        LIMIT $2 FOR UPDATE SKIP LOCKED))
+"""
+
+
+async def mend(db: Database, queue: str, *, limit: int) -> int:
+    """Have rows that are held and stand in no line fed again; returns how many there were."""
+    return int((await db.execute(_MEND, queue, limit)).rpartition(" ")[2])
 
 
 def next_start(next_at: str, in_turn: str) -> str:
@@ -68,6 +105,12 @@ def _room(load: str, concurrency: str, count: str, seconds: str) -> str:
     )
 
 
+def _next_line(after: str) -> str:
+    return (
+        f"(SELECT line FROM held_task WHERE queue = $1 AND line > {after} AND let_go_at IS NULL ORDER BY line LIMIT 1)"
+    )
+
+
 # One after the other: two at once would let go the same number each. `$2`: at most so many.
 _ROOM = f"""
 WITH RECURSIVE alone AS MATERIALIZED (
@@ -75,6 +118,7 @@ WITH RECURSIVE alone AS MATERIALIZED (
 ), setting AS MATERIALIZED (
     SELECT s.concurrency_limit, s.rate_count, s.rate_seconds,
            s.key_concurrency_limit, s.key_rate_count, s.key_rate_seconds,
+           COALESCE(s.concurrency_limit, s.rate_count) IS NOT NULL AS by_queue,
            COALESCE(s.concurrency_limit, s.rate_count, s.key_concurrency_limit, s.key_rate_count) IS NOT NULL AS limited
       FROM alone LEFT JOIN queue_setting s ON s.queue = $1
      WHERE s.paused IS NOT TRUE
@@ -113,62 +157,68 @@ still AS MATERIALIZED (
        AND (NOT (SELECT limited FROM setting) AND EXISTS (SELECT FROM let_go WHERE let_go.id = h.task_id)
             OR NOT EXISTS (SELECT FROM still WHERE still.id = h.task_id))
 )"""
+# From one key to the next, round and round, whatever number of rows each has: `$4` keys behind `$3`. The key of a task
+# that has just ended (`$5`) comes first; where nothing but its key was limited, its end makes room for no other.
 _LET_GO = f"""
-{_ROOM}, first AS (
-    SELECT task_id, run_at FROM held_task WHERE queue = $1 AND line = '' AND let_go_at IS NULL
-     ORDER BY run_at, task_id LIMIT COALESCE((SELECT free FROM room), 0)
-), {_PLACED}
-SELECT id, name, queue, attempt, position, time_limit, traceparent, overdue FROM let_go
-"""
-
-
-async def let_go(db: Database, queue: str, *, limit: int) -> list[Bell]:
-    """Stamp rows that wait for their queue, as many as may start; the caller pushes what is returned.
-
-    They take a new place, as retries do: several that are let go one after the other run in that order.
-    """
-    return bells_of(await db.fetch(_LET_GO, queue, limit))
-
-
-def _let_go_by_key(keys: str) -> str:
-    return f"""
-{_ROOM}, keys (key) AS ({keys}
+{_ROOM}, walked AS MATERIALIZED (
+    SELECT key, nth FROM (
+        WITH RECURSIVE walk (key, round, nth) AS (
+            SELECT line, line <= $3, 1 FROM (SELECT COALESCE({_next_line("$3")}, {_next_line("''")}) AS line) AS start
+            UNION ALL
+            SELECT line, round OR line <= key, nth + 1
+              FROM (SELECT COALESCE({_next_line("walk.key")}, CASE WHEN NOT round THEN {_next_line("''")} END) AS line,
+                           key, round, nth
+                      FROM walk WHERE NOT (round AND key > $3)) AS next
+             WHERE line IS NOT NULL
+        ) SELECT key, nth FROM walk WHERE key IS NOT NULL AND NOT (round AND key > $3)
+           LIMIT CASE WHEN (SELECT free FROM room) > 0 AND ($5::text IS NULL OR (SELECT by_queue FROM setting))
+                      THEN $4::int ELSE 0 END
+    ) AS walked
+), keys AS (
+    SELECT key FROM walked UNION SELECT $5 WHERE $5 <> ''
 ), free AS MATERIALIZED (
     SELECT keys.key, GREATEST(0, LEAST($2::int, {
-        _room("l", "s.key_concurrency_limit", "s.key_rate_count", "s.key_rate_seconds")
-    })) AS free
+    _room("l", "s.key_concurrency_limit", "s.key_rate_count", "s.key_rate_seconds")
+})) AS free
       FROM setting s, keys,
            queue_load(CASE WHEN COALESCE(s.key_concurrency_limit, s.key_rate_count) IS NOT NULL THEN $1 END, keys.key,
                       COALESCE(s.key_concurrency_limit, $2::int)) l
-     WHERE keys.key IS NOT NULL
-), first AS (
-    SELECT one.task_id, one.run_at
-      FROM free CROSS JOIN LATERAL (
-           SELECT task_id, run_at FROM held_task WHERE queue = $1 AND line = free.key AND let_go_at IS NULL
-            ORDER BY run_at, task_id LIMIT free.free) AS one
-     LIMIT COALESCE((SELECT free FROM room), 0)
+), first AS MATERIALIZED (
+    SELECT task_id, run_at FROM (
+        (SELECT task_id, run_at FROM held_task WHERE queue = $1 AND line = '' AND let_go_at IS NULL
+          ORDER BY run_at, task_id LIMIT COALESCE((SELECT free FROM room), 0))
+         UNION ALL
+        SELECT one.task_id, one.run_at
+          FROM free CROSS JOIN LATERAL (
+               SELECT task_id, run_at FROM held_task WHERE queue = $1 AND line = free.key AND let_go_at IS NULL
+                ORDER BY run_at, task_id LIMIT LEAST(free.free, (SELECT room.free FROM room))) AS one
+    ) AS those
+     ORDER BY run_at, task_id LIMIT COALESCE((SELECT free FROM room), 0)
 ), {_PLACED}
-SELECT w.walked, w.walked_to, g.id, g.name, g.queue, g.attempt, g.position, g.time_limit, g.traceparent, g.overdue
-  FROM (SELECT count(key) AS walked, max(key) AS walked_to FROM keys) AS w LEFT JOIN let_go g ON true
+SELECT w.walked_to, g.id, g.name, g.queue, g.attempt, g.position, g.time_limit, g.traceparent, g.overdue
+  FROM (SELECT (SELECT key FROM walked ORDER BY nth DESC LIMIT 1) AS walked_to) AS w LEFT JOIN let_go g ON true
 """
+_NEXT_KEYS = 32
+"""How many other keys are looked at when a task ends. The relay comes to all of them in time."""
 
 
-# From one key to the next, whatever number of rows each has.
-_LET_GO_BY_KEY = _let_go_by_key("""
-    SELECT key FROM (
-        WITH RECURSIVE walk (key) AS (
-            (SELECT line FROM held_task WHERE queue = $1 AND line > $3 AND let_go_at IS NULL ORDER BY line LIMIT 1)
-            UNION ALL
-            SELECT (SELECT line FROM held_task WHERE queue = $1 AND line > walk.key AND let_go_at IS NULL
-                     ORDER BY line LIMIT 1)
-              FROM walk WHERE walk.key IS NOT NULL
-        ) SELECT key FROM walk WHERE key IS NOT NULL LIMIT $4::int
-    ) AS walked""")
-_LET_GO_OF_KEY = _let_go_by_key("SELECT $3::text")
+async def let_go(db: Database, queue: str, *, key: str = "", limit: int) -> list[Bell]:
+    """Stamp rows that are held, as many as may start; the caller pushes what is returned.
+
+    Of all that may start, those go first that have been due for longest, whatever they wait for. They take a new
+    place, as retries do: several that are let go one after the other run in that order.
+
+    Args:
+        db: where.
+        queue: whose rows.
+        key: of the task that has just ended.
+        limit: rows at most.
+    """
+    return _pushed(await db.fetch(_LET_GO, queue, limit, key, _NEXT_KEYS, key))
 
 
-async def let_go_by_key(db: Database, queue: str, *, after: str, keys: int, limit: int) -> tuple[list[Bell], str]:
-    """As `let_go`, rows that wait for others with their key.
+async def let_go_round(db: Database, queue: str, *, after: str, keys: int, limit: int) -> tuple[list[Bell], str]:
+    """As `let_go`, for whoever goes round the keys, however many there are.
 
     Args:
         db: where.
@@ -178,16 +228,11 @@ async def let_go_by_key(db: Database, queue: str, *, after: str, keys: int, limi
         limit: rows at most, in all.
 
     Returns:
-        What to push, and the key to go on after: '' from the beginning.
+        What to push, and the key to go on after.
     """
-    rows = await db.fetch(_LET_GO_BY_KEY, queue, limit, after, keys)
-    walked_to = rows[0]["walked_to"] if rows and rows[0]["walked"] == keys else ""
-    return _pushed(rows), walked_to
-
-
-async def let_go_of_key(db: Database, queue: str, key: str, *, limit: int) -> list[Bell]:
-    """As `let_go_by_key`, of one key."""
-    return _pushed(await db.fetch(_LET_GO_OF_KEY, queue, limit, key))
+    rows = await db.fetch(_LET_GO, queue, limit, after, keys, None)
+    walked_to = rows[0]["walked_to"] if rows else None
+    return _pushed(rows), walked_to or ""
 
 
 def _pushed(rows: Sequence[Record]) -> list[Bell]:

@@ -67,7 +67,17 @@ async def resume_queue(db: Database, queue: str) -> None:
     await db.execute(_PAUSE, queue, False)
 
 
+# A rate that is changed holds at once: the next start is no further off than by the new distance. The row of the queue
+# comes before those of its keys, as in a claim.
 _SET_LIMITS = """
+WITH known AS (
+    SELECT key FROM queue_rate WHERE queue = $1 ORDER BY key FOR UPDATE
+), hastened AS (
+    UPDATE queue_rate r
+       SET next_at = LEAST(r.next_at, now() + make_interval(secs => CASE r.key WHEN '' THEN $4::float8 / $3::int
+                                                                    ELSE $7::float8 / $6::int END))
+      FROM known WHERE r.queue = $1 AND r.key = known.key
+)
 INSERT INTO queue_setting (queue, concurrency_limit, rate_count, rate_seconds,
                            key_concurrency_limit, key_rate_count, key_rate_seconds)
 VALUES ($1, $2, $3, $4, $5, $6, $7)

@@ -48,8 +48,7 @@ class TaskView:
     webhook_next_at: datetime | None
 
 
-_GIVEN_KEY = """CASE WHEN t.owner = '' OR t.concurrency_key = '' THEN t.concurrency_key
-            ELSE substr(t.concurrency_key, length(t.owner) + 2) END AS concurrency_key"""
+_GIVEN_KEY = """substr(t.concurrency_key, length(t.owner) + 2) AS concurrency_key"""
 """SQL: a task's `concurrency_key` as it was given (`NewTask.stored_key`)."""
 _VIEW = f"""
 SELECT t.id, t.name, t.queue, t.status,

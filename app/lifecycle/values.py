@@ -55,9 +55,7 @@ class NewTask:
     @property
     def stored_key(self) -> str:
         """Its `concurrency_key` with its owner: what another owner calls the same is another's, and delays nobody."""
-        return (
-            f"{self.owner}\x1f{self.concurrency_key}" if self.owner and self.concurrency_key else self.concurrency_key
-        )
+        return f"{self.owner}\x1f{self.concurrency_key}" if self.concurrency_key else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -261,7 +261,7 @@ WITH asked AS ({CANCEL}
      WHERE id = $1 AND owner = $2 AND status IN ('PENDING', 'RETRY', 'STARTED')
     RETURNING {delivery.told_columns()}, error_traceback
 ), unheld AS (
-    DELETE FROM held_task WHERE task_id = $1
+    DELETE FROM held_task WHERE task_id IN (SELECT id FROM asked)
 ), hook AS ({delivery.intend("asked")})
 SELECT * FROM asked
 """

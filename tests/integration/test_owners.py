@@ -64,6 +64,14 @@ async def test_nobody_ends_another_s_task(db: Database) -> None:
     assert await lifecycle.cancel(db, task_id, owner="ada") is not None
 
 
+async def test_nobody_takes_another_s_task_out_of_its_line(db: Database) -> None:
+    await lifecycle.pause_queue(db, "default")
+    task_id = await submitted(db, owner="ada")
+    assert await lifecycle.cancel(db, task_id, owner="bob") is None
+    await lifecycle.resume_queue(db, "default")
+    assert [bell.task_id for bell in await lifecycle.let_go(db, "default", limit=5)] == [task_id]
+
+
 async def test_nobody_has_another_s_webhook_sent_again(db: Database) -> None:
     task_id = await told(db, "ada")
     assert await delivery.redeliver(db, task_id, owner="bob") is delivery.Redelivery.NOTHING

@@ -23,6 +23,7 @@ from app.utils.webhook import Sender
 from benchmarks.calls import Side
 from benchmarks.calls import opened as opened_side
 from tests.support.database import events, opened, row, submitted
+from tests.support.waiting import until
 
 QUEUE = "default"
 
@@ -204,11 +205,13 @@ async def test_each_key_has_its_own_room_and_tasks_without_one_are_not_concerned
     first = claims[a[0]]
     assert first is not None
     await end(db, first)
-    assert await lifecycle.let_go_of_key(db, QUEUE, "b", limit=10) == []
-    bells, walked_to = await lifecycle.let_go_by_key(db, QUEUE, after="", keys=1, limit=10)
-    assert [bell.task_id for bell in bells] == [a[1]]
-    assert walked_to == "a"
-    assert await lifecycle.let_go_by_key(db, QUEUE, after="a", keys=2, limit=10) == ([], "")
+    key_a, key_b = first.limited_with or "", (claims[b[0]] or first).limited_with or ""
+    assert await lifecycle.let_go(db, QUEUE, key=key_b, limit=10) == []
+    assert await lifecycle.let_go_round(db, QUEUE, after=key_a, keys=1, limit=10) == ([], key_b)
+    bells, walked_to = await lifecycle.let_go_round(db, QUEUE, after=key_b, keys=1, limit=10)
+    assert [bell.task_id for bell in bells] == [a[1]], "behind the last key comes the first"
+    assert walked_to == key_a
+    assert await lifecycle.let_go_round(db, QUEUE, after="", keys=10, limit=10) == ([], key_b)
     assert await claim(db, a[1]) is not None
 
 
@@ -223,8 +226,124 @@ async def test_another_owner_s_key_is_another_s(db: Database) -> None:
     first = claims[1]
     assert first is not None
     await end(db, first)
-    bells = await lifecycle.let_go_of_key(db, QUEUE, first.limited_with or "", limit=5)
+    bells = await lifecycle.let_go(db, QUEUE, key=first.limited_with or "", limit=5)
     assert [bell.task_id for bell in bells] == tasks[3:]
+
+
+async def test_a_key_can_t_be_made_up_to_be_another_owner_s(db: Database) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(key_concurrency=1))
+    hers = await submitted(db, owner="ada", concurrency_key="build")
+    forged = await submitted(db, owner="", concurrency_key="ada\x1fbuild")
+    assert await claim(db, forged) is not None
+    assert await claim(db, hers) is not None
+
+
+async def test_of_all_that_may_start_the_oldest_goes_first_whatever_it_waits_for(db: Database) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(concurrency=2, key_concurrency=1))
+    order = ["zoe", "zoe", "bob", "bob", "", "zoe", "mia", "", "bob", "mia"]
+    tasks = [await submitted(db, concurrency_key=key) for key in order]
+    names = dict(zip(tasks, range(len(order)), strict=True))
+    running = {task_id: one for task_id in tasks if (one := await claim(db, task_id)) is not None}
+    began = [names[task_id] for task_id in running]
+    while running:
+        first = min(running, key=names.__getitem__)
+        ended = running.pop(first)
+        await end(db, ended)
+        for bell in await lifecycle.let_go(db, QUEUE, key=ended.limited_with or "", limit=5):
+            if (one := await claim(db, bell.task_id)) is not None:
+                running[bell.task_id] = one
+                began.append(names[bell.task_id])
+    assert sorted(began) == list(range(len(order))), "all of them ran"
+    for key in set(order):
+        mine = [nth for nth in began if order[nth] == key]
+        assert mine == sorted(mine), f"those with the key {key} ran in their order"
+    assert max(abs(place - nth) for place, nth in enumerate(began)) <= 3, began
+
+
+async def test_nobody_waits_for_ever_behind_others_with_keys_or_without(db: Database) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(concurrency=2, key_concurrency=1))
+    keyed = [await submitted(db, concurrency_key="k") for _ in range(4)]
+    plain = [await submitted(db) for _ in range(30)]
+    running = [one for task_id in (*keyed, *plain) if (one := await claim(db, task_id)) is not None]
+    began = [one.claim.task_id for one in running]
+    while running:
+        ended = running.pop(0)
+        await end(db, ended)
+        for bell in await lifecycle.let_go(db, QUEUE, key=ended.limited_with or "", limit=5):
+            if (one := await claim(db, bell.task_id)) is not None:
+                running.append(one)
+                began.append(bell.task_id)
+    assert len(began) == 34
+    assert max(began.index(task_id) for task_id in keyed) <= 8, "they were there first"
+
+
+async def test_a_turn_in_the_line_of_a_queue_is_none_in_that_of_a_key(db: Database) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(concurrency=1, key_concurrency=1))
+    blocker, old = await submitted(db), await submitted(db, concurrency_key="k")
+    new = await submitted(db, concurrency_key="k")
+    running = await claim(db, blocker)
+    assert running is not None
+    assert [await claim(db, one) for one in (new, old)] == [None, None]
+    # The older one waits in the line of its key, as it does whom the queue let go when its key was taken.
+    await db.execute("UPDATE held_task SET line = concurrency_key WHERE task_id = $1", old)
+    await db.execute("UPDATE held_task SET let_go_at = now() WHERE task_id = $1", new)
+    await db.execute("UPDATE task SET published_at = now(), position = 1 WHERE id = $1", new)
+    await end(db, running)
+    assert await claim(db, new) is None
+    assert [bell.task_id for bell in await lifecycle.let_go(db, QUEUE, limit=5)] == [old]
+
+
+async def test_a_rate_that_is_raised_holds_at_once(db: Database) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(rate=Rate(1, 3600), key_rate=Rate(1, 3600)))
+    tasks = [await submitted(db, concurrency_key="a") for _ in range(3)]
+    assert [await claim(db, task_id) is not None for task_id in tasks] == [True, False, False]
+    await lifecycle.limit_queue(db, QUEUE, Limits())
+    await lifecycle.limit_queue(db, QUEUE, Limits(rate=Rate(100, 1), key_rate=Rate(100, 1)))
+
+    async def let_go() -> bool:
+        return bool(await lifecycle.let_go(db, QUEUE, limit=5))
+
+    await until(let_go, 5, "a start at the new rate")
+
+
+async def test_what_comes_due_where_a_limit_holds_makes_no_way_through_redis(
+    db: Database, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.relay.BATCH", 3)
+    await lifecycle.limit_queue(db, QUEUE, Limits(concurrency=2))
+    tasks = [await submitted(db, delay_seconds=60.0) for _ in range(7)]
+    for seconds, task_id in enumerate(reversed(tasks)):
+        await db.execute("UPDATE task SET run_at = now() - make_interval(secs => $1) WHERE id = $2", seconds, task_id)
+    await relay.look_at_limits()
+    while await relay.publish_due(QUEUE):
+        pass
+    assert await relay.broker.depth(QUEUE) == 0
+    assert await held(db, *tasks) == ["concurrency"] * 7
+    assert [await relay.let_go(QUEUE) for _ in range(2)] == [2, 0]
+    assert [message.task_id for message in await relay.broker.tail(QUEUE) or ()] == tasks[:2]
+
+
+async def test_what_a_key_concerns_is_held_when_it_comes_due_and_the_rest_is_fed(db: Database, relay: Relay) -> None:
+    await lifecycle.limit_queue(db, QUEUE, Limits(key_concurrency=1))
+    keyed = [await submitted(db, delay_seconds=60.0, concurrency_key="k") for _ in range(3)]
+    plain = [await submitted(db, delay_seconds=60.0) for _ in range(3)]
+    await db.execute("UPDATE task SET run_at = now()")
+    await relay.look_at_limits()
+    while await relay.publish_due(QUEUE):
+        pass
+    assert await held(db, *keyed, *plain) == ["key_concurrency"] * 3 + [None] * 3
+    assert await relay.broker.depth(QUEUE) == 3
+    assert await relay.let_go(QUEUE) == 1
+
+
+async def test_what_is_held_and_stands_in_no_line_is_fed_again(db: Database) -> None:
+    await lifecycle.pause_queue(db, QUEUE)
+    stranded, stands = await submitted(db), await submitted(db)
+    await db.execute("DELETE FROM held_task WHERE task_id = $1", stranded)
+    assert await lifecycle.mend(db, QUEUE, limit=10) == 1
+    assert await lifecycle.mend(db, QUEUE, limit=10) == 0
+    assert await held(db, stands) == ["paused"]
+    assert [bell.task_id for bell in await lifecycle.take_due(db, QUEUE, limit=10)] == [stranded]
 
 
 async def test_a_key_waits_for_its_queue_as_well(db: Database) -> None:
@@ -265,9 +384,10 @@ async def test_a_rate_of_a_key_is_its_own(db: Database) -> None:
 
     assert [await claim(db, task_id) is not None for task_id in (*a, b)] == [True, False, True]
     assert await held(db, a[1]) == ["key_rate"]
-    assert await lifecycle.let_go_of_key(db, QUEUE, "a", limit=5) == []
-    await db.execute("UPDATE queue_rate SET next_at = now() WHERE key = 'a'")
-    assert [bell.task_id for bell in await lifecycle.let_go_of_key(db, QUEUE, "a", limit=5)] == [a[1]]
+    key = "\x1fa"  # nobody's
+    assert await lifecycle.let_go(db, QUEUE, key=key, limit=5) == []
+    await db.execute("UPDATE queue_rate SET next_at = now() WHERE key = $1", key)
+    assert [bell.task_id for bell in await lifecycle.let_go(db, QUEUE, key=key, limit=5)] == [a[1]]
     assert await lifecycle.forget_rates(db, limit=10) == 0
     await db.execute("UPDATE queue_rate SET next_at = now() - interval '2 h'")
     assert await lifecycle.forget_rates(db, limit=10) == 2
@@ -292,7 +412,7 @@ async def test_limits_that_are_taken_away_let_everything_go(db: Database) -> Non
     await lifecycle.limit_queue(db, QUEUE, Limits(key_concurrency=1))
     assert [await claim(db, one) is not None for one in keyed] == [True, False]
     await lifecycle.limit_queue(db, QUEUE, Limits())
-    bells, _ = await lifecycle.let_go_by_key(db, QUEUE, after="", keys=10, limit=10)
+    bells, _ = await lifecycle.let_go_round(db, QUEUE, after="", keys=10, limit=10)
     assert [bell.task_id for bell in bells] == keyed[1:]
     claimed = await claim(db, keyed[1])
     assert claimed is not None
@@ -480,12 +600,13 @@ async def test_the_end_of_a_limited_task_lets_the_next_go_at_once(db: Database, 
     assert first is not None
     await end(db, first)
     await publisher.let_go(db, relay.broker, QUEUE, first.limited_with or "")
-    assert [message.task_id for message in await relay.broker.tail(QUEUE) or ()] == tasks[3:], "it waited for the queue"
-    second = await claim(db, tasks[3])
+    assert await held(db, *tasks) == [None, None, None, "concurrency"], "of those that may start, the oldest does"
+    second = await claim(db, tasks[1])
     assert second is not None
     await end(db, second)
-    await publisher.let_go(db, relay.broker, QUEUE, "a")
-    assert await held(db, tasks[1]) == [None]
+    await publisher.let_go(db, relay.broker, QUEUE, second.limited_with or "")
+    assert await held(db, tasks[3]) == [None]
+    assert [message.task_id for message in await relay.broker.tail(QUEUE) or ()] == [tasks[1], tasks[3]]
 
 
 async def test_however_many_are_held_no_sweep_and_no_submit_touches_more_pages(settings: Settings) -> None:
@@ -500,6 +621,10 @@ async def _pages_beside(side: Side, held: int) -> dict[str, float]:
     paused, keyed = "paused", "keyed"
     await lifecycle.pause_queue(side.db, paused)
     await lifecycle.limit_queue(side.db, keyed, Limits(concurrency=1_000, key_concurrency=1))
+    # Those that were let go the last time would be looked at, and are not held.
+    await side.db.execute("DELETE FROM task WHERE queue = $1", keyed)
+    await side.db.execute("DELETE FROM held_task WHERE queue = $1", keyed)
+    await side.db.execute("VACUUM task, held_task")
     await side.db.execute(
         """
         WITH made AS (
@@ -531,7 +656,7 @@ async def _pages_beside(side: Side, held: int) -> dict[str, float]:
         ),
         "hold_due": lambda queue: lifecycle.hold_due(side.db, queue, limit=500),
         "let_go": lambda queue: lifecycle.let_go(side.db, queue, limit=10),
-        "let_go_by_key": lambda queue: lifecycle.let_go_by_key(side.db, queue, after="", keys=10, limit=10),
+        "let_go_round": lambda queue: lifecycle.let_go_round(side.db, queue, after="", keys=10, limit=10),
         "end_turns": lambda _: lifecycle.end_turns(side.db, older_than_seconds=0.0),
         "expire": lambda queue: lifecycle.expire(side.db, queue, limit=500),
         "reap": lambda queue: lifecycle.expired_leases(side.db, queue, lease_seconds=0.0, limit=500),

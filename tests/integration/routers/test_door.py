@@ -112,13 +112,14 @@ class Ada:
     """What is Ada's, and what of it must not be seen."""
 
     waiting: UUID
+    held: UUID
     ended: UUID
     pruned: UUID
     words: frozenset[str]
 
     @property
     def tasks(self) -> tuple[UUID, ...]:
-        return self.waiting, self.ended, self.pruned
+        return self.waiting, self.held, self.ended, self.pruned
 
 
 @pytest.fixture
@@ -130,18 +131,33 @@ async def ada(db: Database) -> Ada:
     await submitted(db)
     await ended(db, "", mark="nobody")
     waiting = await submitted(db, owner="ada", webhook_url=HOOK, tags=(MARK,), kwargs=f'{{"value": "{MARK}"}}')
+    await lifecycle.pause_queue(db, "reports")
+    held = await submitted(db, owner="ada", queue="reports", concurrency_key=MARK)
     hooks = [str(row["id"]) for row in await db.fetch("SELECT id FROM webhook_delivery WHERE owner = 'ada'")]
-    words = {MARK, *hooks, str(waiting), str(done), str(pruned)}
-    return Ada(waiting, done, pruned, frozenset(words | {word.replace("-", "") for word in words - {MARK}}))
+    words = {MARK, *hooks, str(waiting), str(held), str(done), str(pruned)}
+    return Ada(waiting, held, done, pruned, frozenset(words | {word.replace("-", "") for word in words - {MARK}}))
 
 
 async def everything(db: Database, *, but: str | None = None) -> list[str]:
-    """Every row of every table that has owners, but for those of one owner."""
+    """Every row of every table that has owners, or belongs to tasks, but for those of one owner."""
     tables = await db.fetch(
         "SELECT table_name FROM information_schema.columns WHERE column_name = 'owner' AND table_schema = 'public'"
         " AND table_name <> 'api_key' ORDER BY 1"
     )
+    of_tasks = await db.fetch(
+        "SELECT table_name FROM information_schema.columns WHERE column_name = 'task_id' AND table_schema = 'public'"
+        " AND table_name <> ALL ($1::text[]) ORDER BY 1",
+        [table["table_name"] for table in tables],
+    )
     found = []
+    for table in of_tasks:
+        name = table["table_name"]
+        rows = await db.fetch(
+            f"SELECT t::text AS line FROM {name} t LEFT JOIN task ON task.id = t.task_id"
+            " WHERE task.owner IS DISTINCT FROM $1 ORDER BY 1",
+            but,
+        )
+        found += [f"{name}: {row['line']}" for row in rows]
     for table in tables:
         name = table["table_name"]
         rows = await db.fetch(f"SELECT t::text AS line FROM {name} t WHERE owner IS DISTINCT FROM $1 ORDER BY 1", but)

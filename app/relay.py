@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ NOTE_SECONDS = 1.0
 """How often the tail of each queue is noted, and lost messages and leases are looked for."""
 GRACE_SECONDS = 10.0
 """How old a note must be before it proves a message lost: longer than from commit to push, and from pop to claim."""
+PUSH_SECONDS = 1.0
+"""How long after its stamp a message may be pushed, and as a rule is not taken for lost."""
 GAP_SECONDS = 3.0
 """How long after its last answer Postgres counts as connected: beyond it, leases may have run out unheard."""
 KEYS_AT_ONCE = 500
@@ -213,13 +215,15 @@ class Relay:
         if not notes or time.monotonic() - notes[0].monotonic < self.grace_seconds:
             return 0
         note = notes[0]
+        # What was stamped just before the note may have been pushed just after it, and lies where it should.
+        stamped_before = note.taken_at - timedelta(seconds=min(PUSH_SECONDS, self.grace_seconds))
         below, found = note.position, 0
         while True:
             # All at once: a second relay that took the next batch might push it before this one is pushed,
             # and what stands in the line out of its order looks lost again.
             batch = self._batch(queue, LOST_BATCH)
             bells = await lifecycle.take_lost(
-                self.db, queue, below_position=below, published_before=note.taken_at, limit=batch
+                self.db, queue, below_position=below, published_before=stamped_before, limit=batch
             )
             await self._push(queue, bells)
             found += len(bells)

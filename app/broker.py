@@ -15,7 +15,7 @@ import builtins
 import contextlib
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -42,6 +42,8 @@ END_OF_LINE = 2**63 - 1
 RESULT_TTL_SECONDS = 3600
 META_KEY = "celery-task-meta-"
 """What Celery puts before a task's id: the key of its result, and the channel where its end is told."""
+LOG_CHANNEL = "taskqueue-log-"
+"""What stands before a task's id in the channel where the lines that it logs are told (see `loglines`)."""
 ALIVE_CHANNEL = "taskqueue-api"
 """Where nothing is ever told: a subscription that is always there."""
 SILENCE_SECONDS = 10.0
@@ -255,14 +257,37 @@ class Broker:
             pipe.publish(key, meta)
             await pipe.execute()
 
-    async def hear(self, wanted: AbstractSet[UUID], changed: asyncio.Event, heard: Callable[[UUID], None]) -> NoReturn:
-        """Hear of the ends of tasks (`put_result`) for as long as Redis answers, over one connection.
+    async def log_listeners(self, task_id: UUID) -> int:
+        """How many processes hear what a task logs. Raises as `publish`."""
+        async with _translated():
+            [(_, count)] = await self._redis.pubsub_numsub(f"{LOG_CHANNEL}{task_id}")
+        return int(count)
+
+    async def tell_log(self, task_id: UUID, told: bytes) -> None:
+        """Tell who listens what a task has logged (`loglines.encode`). Nothing is stored. Raises as `publish`."""
+        async with _translated():
+            await self._redis.publish(f"{LOG_CHANNEL}{task_id}", told)
+
+    async def hear(
+        self,
+        ends: AbstractSet[UUID],
+        logs: AbstractSet[UUID],
+        changed: asyncio.Event,
+        *,
+        ended: Callable[[UUID], None],
+        logged: Callable[[UUID, bytes], None],
+    ) -> NoReturn:
+        """Hear of the ends of tasks (`put_result`), and what they log (`tell_log`), over one connection.
 
         Args:
-            wanted: whose ends; a set that may change.
-            changed: set by whoever changes it.
-            heard: called for each end, and once for each task when its end can be heard from now on: it may have come
+            ends: whose ends; a set that may change.
+            logs: whose log lines; as well.
+            changed: set by whoever changes one of them.
+            ended: called for each end, and once for each task when its end can be heard from now on: it may have come
                 just before.
+            logged: called with what was told, whoever told it.
+
+        It goes on for as long as Redis answers.
 
         Raises:
             BrokerUnavailable: as `publish`.
@@ -272,7 +297,7 @@ class Broker:
         async with _translated(), self._connection() as line:
             await line.send_command("SUBSCRIBE", ALIVE_CHANNEL)
             changed.set()
-            subscribing = asyncio.create_task(_keep_subscribed(line, wanted, changed))
+            subscribing = asyncio.create_task(_keep_subscribed(line, {META_KEY: ends, LOG_CHANNEL: logs}, changed))
             try:
                 asked = False
                 while True:
@@ -285,8 +310,11 @@ class Broker:
                     if told is None:
                         await _send(line, "PING")
                     elif told[0] in {b"message", b"subscribe"}:
-                        with contextlib.suppress(ValueError):  # the channel where nothing is told
-                            heard(UUID(told[1].decode().removeprefix(META_KEY)))
+                        channel = told[1].decode()
+                        if channel.startswith(META_KEY):
+                            ended(UUID(channel.removeprefix(META_KEY)))
+                        elif channel.startswith(LOG_CHANNEL) and told[0] == b"message":
+                            logged(UUID(channel.removeprefix(LOG_CHANNEL)), told[2])
             finally:
                 await stop(subscribing)
 
@@ -325,19 +353,20 @@ class Broker:
 
 
 async def _keep_subscribed(
-    line: redis.asyncio.Connection, wanted: AbstractSet[UUID], changed: asyncio.Event
+    line: redis.asyncio.Connection, channels: Mapping[str, AbstractSet[UUID]], changed: asyncio.Event
 ) -> NoReturn:
-    """Subscribe to what is wanted, and to nothing else, whenever that has changed."""
-    subscribed: set[UUID] = set()
+    """Subscribe to what is wanted on each kind of channel, and to nothing else, whenever that has changed."""
+    subscribed: dict[str, set[UUID]] = {channel: set() for channel in channels}
     while True:
         await changed.wait()
         changed.clear()
-        new, gone = wanted - subscribed, subscribed - wanted
-        if new:
-            await _send(line, "SUBSCRIBE", *(f"{META_KEY}{one}" for one in new))
-        if gone:
-            await _send(line, "UNSUBSCRIBE", *(f"{META_KEY}{one}" for one in gone))
-        subscribed = (subscribed | new) - gone
+        for channel, wanted in channels.items():
+            new, gone = wanted - subscribed[channel], subscribed[channel] - wanted
+            if new:
+                await _send(line, "SUBSCRIBE", *(f"{channel}{one}" for one in new))
+            if gone:
+                await _send(line, "UNSUBSCRIBE", *(f"{channel}{one}" for one in gone))
+            subscribed[channel] = (subscribed[channel] | new) - gone
 
 
 async def _send(line: redis.asyncio.Connection, *command: str) -> None:

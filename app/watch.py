@@ -6,6 +6,9 @@ heard is only a reason to look: one statement reads all rows that there is a
 reason to look at, and the same statement reads every row that is waited for once
 a second. So nobody's wait is a statement of its own, and with Redis away waits
 end a second later.
+
+Who follows a task may hear its log lines as well, those of an attempt that runs.
+That is a favour of Redis's: what was not heard is read when the attempt has ended.
 """
 
 import asyncio
@@ -16,13 +19,13 @@ import time
 from collections.abc import Iterator
 from uuid import UUID
 
-from app import lifecycle
+from app import lifecycle, loglines
 from app.broker import Broker
 from app.core import errors
 from app.core.statuses import TERMINAL
 from app.core.stopping import stop
 from app.db import Database
-from app.lifecycle import Snapshot
+from app.lifecycle import Logged, Snapshot
 
 PLACES = 2000
 """How many may wait in one process at once."""
@@ -45,12 +48,16 @@ class Follower:
 
     Attributes:
         seen: how the task was when it was looked at last; None if it has not been, or is not there any more.
+        logged: the newest lines that were heard of an attempt; None if there are none.
+        told: the message that brought them.
         over: there is nothing to wait for any more: the task has ended or is gone, or this process ends.
     """
 
     def __init__(self, seen: Snapshot | None) -> None:
         self.seen = seen
+        self.logged: Logged | None = None
         self.over = False
+        self.told = b""
         self._news = asyncio.Event()
 
     def see(self, found: Snapshot | None) -> None:
@@ -59,6 +66,11 @@ class Follower:
         if self.over or found != self.seen:
             self._news.set()
         self.seen = found
+
+    def hear(self, told: bytes, logged: Logged) -> None:
+        """Take note of what the task has logged. Only the newest is kept, however long nobody reads it."""
+        self.told, self.logged = told, logged
+        self._news.set()
 
     def dismiss(self) -> None:
         """End the wait, whatever the task does."""
@@ -91,6 +103,7 @@ class Watch:
         self._taken = 0
         self._closed = False
         self._followers: dict[UUID, set[Follower]] = {}
+        self._readers: dict[UUID, set[Follower]] = {}
         self._changed = asyncio.Event()
         self._suspects: set[UUID] = set()
         self._suspicion = asyncio.Event()
@@ -101,12 +114,13 @@ class Watch:
         return self._closed or self._taken >= self._places
 
     @contextlib.contextmanager
-    def follow(self, task_id: UUID, seen: Snapshot | None = None) -> Iterator[Follower]:
+    def follow(self, task_id: UUID, seen: Snapshot | None = None, *, log: bool = False) -> Iterator[Follower]:
         """Wait for a task within the block.
 
         Args:
             task_id: the task, which had not ended when it was last looked at.
             seen: how it was then, if that is of interest.
+            log: hear what it logs, too; needs `seen`.
 
         Raises:
             Full: if nobody else may wait now.
@@ -117,19 +131,32 @@ class Watch:
         self._taken += 1
         if task_id in self._followers:
             # What happened since it was looked at was told before this one listened.
-            self._followers[task_id].add(follower)
             self._suspect(task_id)
-        else:
-            self._followers[task_id] = {follower}
-            self._changed.set()
+        if log:
+            for other in self._readers.get(task_id, ()):
+                if other.logged is not None:
+                    follower.hear(other.told, other.logged)
+        joined = [self._followers, self._readers] if log else [self._followers]
         try:
+            for those in joined:
+                self._join(those, task_id, follower)
             yield follower
         finally:
             self._taken -= 1
-            self._followers[task_id].discard(follower)
-            if not self._followers[task_id]:
-                del self._followers[task_id]
-                self._changed.set()
+            for those in joined:
+                self._leave(those, task_id, follower)
+
+    def _join(self, those: dict[UUID, set[Follower]], task_id: UUID, follower: Follower) -> None:
+        if task_id not in those:
+            those[task_id] = set()
+            self._changed.set()
+        those[task_id].add(follower)
+
+    def _leave(self, those: dict[UUID, set[Follower]], task_id: UUID, follower: Follower) -> None:
+        those[task_id].discard(follower)
+        if not those[task_id]:
+            del those[task_id]
+            self._changed.set()
 
     def close(self) -> None:
         """Let everybody go, and nobody else in: this process is about to end."""
@@ -151,7 +178,13 @@ class Watch:
         await self._changed.wait()  # Where nobody ever waits, no connection is made.
         while True:
             try:
-                await self._broker.hear(self._followers.keys(), self._changed, self._suspect)
+                await self._broker.hear(
+                    self._followers.keys(),
+                    self._readers.keys(),
+                    self._changed,
+                    ended=self._suspect,
+                    logged=self._pass_on,
+                )
             except errors.BrokerUnavailable as away:
                 if time.monotonic() - lost_at > SAME_OUTAGE_SECONDS:
                     log.warning("waits end up to a second later without Redis: %s", away)
@@ -163,6 +196,19 @@ class Watch:
     def _suspect(self, task_id: UUID) -> None:
         self._suspects.add(task_id)
         self._suspicion.set()
+
+    def _pass_on(self, task_id: UUID, told: bytes) -> None:
+        """Let those who follow a task know what it has logged, unless it was said before or is not to be believed."""
+        # Many may follow one task, and have seen the same of it.
+        read: dict[Snapshot, Logged | None] = {}
+        for reader in self._readers.get(task_id, ()):
+            if reader.seen is None or reader.told == told:
+                continue
+            if reader.seen not in read:
+                read[reader.seen] = loglines.decode(told, reader.seen)
+            logged = read[reader.seen]
+            if logged is not None:
+                reader.hear(told, logged)
 
     async def _keep_looking(self) -> None:
         all_at = 0.0

@@ -9,7 +9,7 @@ questions, `retention` removes what is past its time. Callers use the names here
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
 from app.lifecycle.batch import remembered, submit_batch
 from app.lifecycle.explaining import Explanation, Facts, Surroundings, explain, facts
-from app.lifecycle.history import Attempt, attempts
+from app.lifecycle.history import Attempt, Line, Logged, attempts, logged, read_lines
 from app.lifecycle.invariants import Breach, breaches, invariants
 from app.lifecycle.jobs import (
     ELIGIBLE,
@@ -126,7 +126,9 @@ __all__ = [
     "Job",
     "Lease",
     "Limits",
+    "Line",
     "Log",
+    "Logged",
     "Lost",
     "Mark",
     "Misfit",
@@ -183,6 +185,7 @@ __all__ = [
     "let_go",
     "let_go_round",
     "limit_queue",
+    "logged",
     "mend",
     "most_waiting",
     "page",
@@ -191,6 +194,7 @@ __all__ = [
     "prune",
     "queue_counts",
     "queue_states",
+    "read_lines",
     "reap",
     "record_progress",
     "refuse",

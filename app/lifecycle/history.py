@@ -18,12 +18,21 @@ from app.lifecycle.rules import Error
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A line that the code of a task has logged."""
+    """A line that the code of a task has logged. `number` is 1 for the first of its attempt."""
 
+    number: int
     at: datetime
     level: str
     logger: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """The last lines that an attempt has logged, in order."""
+
+    attempt: int
+    lines: tuple[Line, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,29 +90,54 @@ async def attempts(db: Database, task_id: UUID, owner: str, *, after: int = 0, l
     return [_attempt(row) for row in await db.fetch(_ATTEMPTS, task_id, limit, after)]
 
 
+_LOGGED = """
+SELECT number, started_at, log, log_dropped FROM task_attempt
+ WHERE task_id = $1 AND number BETWEEN $2 AND $3 AND log IS NOT NULL
+ ORDER BY number LIMIT $4
+"""
+
+
+async def logged(db: Database, task_id: UUID, *, first: int, last: int, limit: int) -> list[Logged]:
+    """The lines that are kept of attempts that have ended, for who may see the task: from one number to another."""
+    rows = await db.fetch(_LOGGED, task_id, first, last, limit)
+    return [
+        Logged(row["number"], read_lines(json.loads(row["log"]), row["started_at"], row["log_dropped"])) for row in rows
+    ]
+
+
+def read_lines(found: list[dict[str, Any]], began: datetime, dropped: int) -> tuple[Line, ...]:
+    """Lines from what JSON says of them.
+
+    Args:
+        found: as in `Log`.
+        began: when their attempt did.
+        dropped: how many lines came before these.
+    """
+    return tuple(
+        Line(
+            number=number,
+            at=began + timedelta(seconds=line["after"]),
+            level=line["level"],
+            logger=line["logger"],
+            message=line["message"],
+        )
+        for number, line in enumerate(found, dropped + 1)
+    )
+
+
 def _attempt(row: Record) -> Attempt:
     kind, outcome = row["error_type"], row["outcome"]
     error = None
     # What earlier attempts said stays in the row of a task that succeeds.
     if kind is not None and outcome != AttemptOutcome.SUCCEEDED:
         error = Error(type=kind, message=row["error_message"] or "", traceback=row["error_traceback"])
-    began: datetime = row["started_at"]
-    lines: list[dict[str, Any]] = json.loads(row["log"]) if row["log"] else []
     return Attempt(
         number=row["number"],
-        started_at=began,
+        started_at=row["started_at"],
         ended_at=row["ended_at"],
         worker=row["worker"],
         outcome=None if outcome is None else AttemptOutcome(outcome),
         error=error,
-        lines=tuple(
-            Line(
-                at=began + timedelta(seconds=line["after"]),
-                level=line["level"],
-                logger=line["logger"],
-                message=line["message"],
-            )
-            for line in lines
-        ),
+        lines=read_lines(json.loads(row["log"]), row["started_at"], row["log_dropped"]) if row["log"] else (),
         dropped=row["log_dropped"],
     )

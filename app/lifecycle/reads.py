@@ -5,7 +5,7 @@ nobody in particular, so who forgets to name one finds less, never more.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
@@ -164,10 +164,13 @@ class Snapshot:
     progress: float | None
     progress_message: str | None
     error_type: str | None
+    started_at: datetime | None = None
+    token: UUID | None = field(default=None, repr=False)
+    """Of the attempt that runs, or ran last: what is told of it is sealed with this."""
 
 
 _SNAPSHOTS = """
-SELECT id, status, attempt, progress, progress_message, error_type FROM task
+SELECT id, status, attempt, progress, progress_message, error_type, started_at, token FROM task
  WHERE id = ANY($1::uuid[]) AND ($2::text IS NULL OR owner = $2)
 """
 

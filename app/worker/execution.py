@@ -242,7 +242,7 @@ def run_attempt(task: DurableTask) -> None:
             raise Ignore
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
         _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
-        _journal.begin()
+        _journal.begin(wanted)
         outcome = _perform(task, claimed)
         signals.hold()
         logged = _journal.end()

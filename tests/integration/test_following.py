@@ -6,27 +6,25 @@ import json
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
 import redis.asyncio
 
-from app import lifecycle
+from app import lifecycle, loglines
 from app.core.stopping import stop
 from app.db import Database
 from app.dev import ports
+from app.routers import following
 from tests.conftest import settings_for
 from tests.integration.worker.conftest import environment
 from tests.support import servers
 from tests.support.database import opened, started, submitted
 from tests.support.servers import Servers
 from tests.support.service import Service, service
+from tests.support.stream import Stream
 from tests.support.waiting import until
-
-Event = tuple[str, str, dict[str, Any]]
-"""Its name, its id and its data."""
 
 
 @pytest.fixture(scope="module")
@@ -80,41 +78,6 @@ async def end(db: Database, claimed: lifecycle.Claimed) -> None:
     assert await lifecycle.settle(db, claimed.claim, transition) is not None
 
 
-class Stream:
-    """What comes of a stream of events."""
-
-    def __init__(self, client: httpx.AsyncClient, task_id: UUID, last_event_id: str | None = None) -> None:
-        self.events: list[Event] = []
-        self.status = 0
-        self.content_type = ""
-        headers = {"last-event-id": last_event_id} if last_event_id else {}
-        self._reading = asyncio.create_task(self._read(client, f"/api/tasks/{task_id}/events", headers))
-
-    async def _read(self, client: httpx.AsyncClient, path: str, headers: dict[str, str]) -> None:
-        async with client.stream("GET", path, headers=headers) as answer:
-            self.status, self.content_type = answer.status_code, answer.headers.get("content-type", "")
-            fields: dict[str, str] = {}
-            async for line in answer.aiter_lines():
-                name, _, value = line.partition(": ")
-                if line:
-                    fields[name] = value
-                elif "data" in fields:
-                    self.events.append((fields["event"], fields["id"], json.loads(fields["data"])))
-                    fields = {}
-
-    async def got(self, count: int) -> list[Event]:
-        await until(lambda: len(self.events) >= count, 10, f"{count} events")
-        return self.events
-
-    async def ended(self) -> list[Event]:
-        async with asyncio.timeout(10):
-            await self._reading
-        return self.events
-
-    async def leave(self) -> None:
-        await stop(self._reading)
-
-
 async def listens(wire: "redis.asyncio.Redis", *tasks: UUID, not_to: Sequence[UUID] = ()) -> None:
     """Return once the API listens for the ends of these tasks, and not for those of others."""
     wanted, unwanted = ({f"celery-task-meta-{task_id}".encode() for task_id in some} for some in (tasks, not_to))
@@ -165,6 +128,135 @@ async def test_who_comes_again_goes_on_behind_the_last_event(
     await lifecycle.record_progress(db, claimed.claim, 0.5, "half")
     assert [kind for kind, _, _ in await again.got(1)] == ["progress"]
     await again.leave()
+
+
+def log_of(*numbers: int) -> lifecycle.Log:
+    lines = [{"after": n / 10, "level": "INFO", "logger": "somebody", "message": f"line {n}"} for n in numbers]
+    return lifecycle.Log(json.dumps(lines), dropped=numbers[0] - 1)
+
+
+def lines(attempt: int, *numbers: int) -> list[tuple[int, int, str]]:
+    return [(attempt, number, f"line {number}") for number in numbers]
+
+
+async def attempted(db: Database, claimed: lifecycle.Claimed, outcome: lifecycle.Outcome, log: lifecycle.Log) -> None:
+    assert await lifecycle.settle(db, claimed.claim, lifecycle.decide(claimed.budgets, outcome), log) is not None
+
+
+async def test_log_lines_are_told_once_whether_they_were_heard_or_are_kept(
+    client: httpx.AsyncClient, db: Database, wire: "redis.asyncio.Redis"
+) -> None:
+    claimed = await begun(db)
+    task_id, channel = claimed.claim.task_id, f"taskqueue-log-{claimed.claim.task_id}"
+    stream = Stream(client, task_id)
+    await listens(wire, task_id)
+    await until(lambda: wire.publish(channel, loglines.encode(claimed.claim, log_of(1, 2))), 10, "a listener")
+    await until(lambda: len(stream.logged()) == 2, 10, "what was heard")
+    for again in (log_of(2), log_of(1, 2), log_of(2, 3)):
+        await wire.publish(channel, loglines.encode(claimed.claim, again))
+    await until(lambda: len(stream.logged()) == 3, 10, "what is new")
+    await attempted(db, claimed, lifecycle.Succeeded("1"), log_of(3, 4, 5))
+    events = await stream.ended()
+    assert stream.logged() == lines(1, 1, 2, 3, 4, 5)
+    assert [kind for kind, _, _ in events] == ["status", *["log"] * 5, "end"]
+    assert len({event_id for _, event_id, _ in events}) == len(events)
+    assert set(events[1][2]) == {"attempt", "line", "at", "level", "logger", "message"}
+    [kept] = (await client.get(f"/api/tasks/{task_id}/attempts")).json()["data"]
+    assert [data["at"] for kind, _, data in events if kind == "log"][2:] == [line["at"] for line in kept["log"]]
+    for place in range(1, len(events)):
+        later = Stream(client, task_id, events[place - 1][1])
+        told = [event for event in events[place:] if event[0] == "end" or event[2]["line"] > 2]
+        assert [event[2] for event in await later.ended()] == [event[2] for event in told], "those that are kept"
+
+
+async def test_nothing_that_is_published_harms_a_stream_or_is_taken_for_a_line(
+    client: httpx.AsyncClient, db: Database, wire: "redis.asyncio.Redis"
+) -> None:
+    claimed = await begun(db)
+    claim, channel = claimed.claim, f"taskqueue-log-{claimed.claim.task_id}"
+    stream = Stream(client, claim.task_id)
+    await until(lambda: wire.publish(channel, b""), 10, "a listener")
+    body = loglines.encode(claim, log_of(1))[32:]
+    forged = [
+        *(b"", b"\xff" * 40, b"null", b"[" * 30_000, b"x" * 200_000, body, bytes(32) + body),
+        loglines.encode(lifecycle.Claim(claim.task_id, claim.attempt, uuid4()), log_of(1)),
+        loglines.encode(lifecycle.Claim(claim.task_id, 2, claim.token), log_of(1)),
+        loglines.encode(claim, lifecycle.Log('[{"after": NaN}]')),
+        loglines.encode(claim, lifecycle.Log("[" * 20_000)),
+    ]
+    for one in forged:
+        await wire.publish(channel, one)
+        await wire.publish(f"celery-task-meta-{claim.task_id}", one)
+    await wire.publish(channel, loglines.encode(claim, log_of(7)))
+    await until(stream.logged, 10, "the line that is one")
+    await end(db, claimed)
+    assert [kind for kind, _, _ in await stream.ended()] == ["status", "log", "end"]
+    assert stream.logged() == lines(1, 7)
+
+
+async def test_who_comes_again_later_is_told_the_lines_of_all_attempts_since(
+    client: httpx.AsyncClient, db: Database
+) -> None:
+    task_id = await submitted(db, max_retries=30)
+    waiting = Stream(client, task_id)
+    [(_, before, _)] = await waiting.got(1)
+    await waiting.leave()
+    failed = lifecycle.RetryAsked(lifecycle.Error(type="OSError", message=""), 0.0, None)
+    for _ in range(following.PAGE + 3):
+        await attempted(db, await started(db, task_id), failed, log_of(1, 2))
+    await attempted(db, await started(db, task_id), lifecycle.Succeeded("1"), log_of(8, 9))
+    last = following.PAGE + 4
+    everything = [line for attempt in range(1, last) for line in lines(attempt, 1, 2)] + lines(last, 8, 9)
+
+    anew = Stream(client, task_id)
+    assert [kind for kind, _, _ in await anew.ended()] == ["log", "log", "end"]
+    assert anew.logged() == everything[-2:], "of the attempt that it is at"
+    since = Stream(client, task_id, before)
+    told = await since.ended()
+    assert since.logged() == everything
+    place = 5
+    again = Stream(client, task_id, told[place][1])
+    assert await again.ended() == told[place + 1 :]
+    old = Stream(client, task_id, "2.RETRY.00000000")
+    await old.ended()
+    assert old.logged() == everything[2:], "an id of a release that told no lines"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "new",
+        "new.0.0",
+        "new.99999999999.1",
+        "9999999999.STARTED.00000000",
+        "1.STARTED.00000000.9999999999.1",
+        "1.STARTED.00000000.1.99999999999999999999",
+        "1.STARTED.0000000",
+        "1.STARTED.00000000.-1.1",
+        "1.STARTED.00000000.1",
+        "' OR 1=1 --",
+        "x" * 200,
+    ],
+)
+async def test_an_id_that_is_none_is_no_id(client: httpx.AsyncClient, db: Database, hostile: str) -> None:
+    claimed = await begun(db)
+    await attempted(db, claimed, lifecycle.Succeeded("1"), log_of(1))
+    stream = Stream(client, claimed.claim.task_id, hostile)
+    assert [kind for kind, _, _ in await stream.ended()] == ["log", "end"]
+
+
+async def test_a_line_that_is_not_kept_is_told_all_the_same(
+    client: httpx.AsyncClient, db: Database, wire: "redis.asyncio.Redis"
+) -> None:
+    """Its process was killed, for example."""
+    claimed = await begun(db)
+    stream = Stream(client, claimed.claim.task_id)
+    channel = f"taskqueue-log-{claimed.claim.task_id}"
+    await until(lambda: wire.publish(channel, loglines.encode(claimed.claim, log_of(1))), 10, "a listener")
+    await until(stream.logged, 10, "the line")
+    await end(db, claimed)
+    await stream.ended()
+    assert stream.logged() == lines(1, 1)
 
 
 async def test_what_is_not_there_can_t_be_followed(client: httpx.AsyncClient) -> None:

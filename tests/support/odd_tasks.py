@@ -79,6 +79,30 @@ def log(kind: str, lines: int = 1) -> str:
     return kind
 
 
+@task("odd.talks", max_retries=1, autoretry_for=(OSError,), retry_backoff=True)
+def talks(path: str, lines: int, fails: bool = False) -> None:
+    """Log lines, run until a file is there, and log as many again."""
+    own = logging.getLogger("odd.tasks")
+    for number in range(lines):
+        own.info("line %d", number)
+    while not Path(path).exists():
+        time.sleep(0.05)
+    for number in range(lines):
+        own.info("late line %d", number)
+    if fails:
+        raise OSError("no such page")
+
+
+@task("odd.floods")
+def floods(seconds: float) -> int:
+    """Log as fast as it can for that long; returns how many lines that were."""
+    own, until, number = logging.getLogger("odd.tasks"), time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        number += 1
+        own.info("line %d %s", number, "x" * 200)
+    return number
+
+
 @task("odd.report")
 def report(times: int, seconds: float) -> None:
     """Say very often how far it is, then once more, and go on for that long."""

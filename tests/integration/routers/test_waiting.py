@@ -258,13 +258,13 @@ async def test_a_stream_that_is_silent_is_kept_alive_and_ends_in_time(
     task_id = await started(db)
     found = (await lifecycle.snapshots(db, [task_id]))[task_id]
     async with asyncio.timeout(SOON):
-        sent = [chunk async for chunk in following._events(watch, task_id, found, last_event_id=None)]
+        sent = [chunk async for chunk in following._events(db, watch, task_id, found, following._Told(found, None))]
     assert sent[0] == "retry: 1000\n\n"
     assert sent[1].startswith("id: 1.STARTED.")
     assert len(sent) > 3
     assert set(sent[2:]) == {":\n\n"}
     with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
-        late = [chunk async for chunk in following._events(watch, task_id, found, last_event_id=None)]
+        late = [chunk async for chunk in following._events(db, watch, task_id, found, following._Told(found, None))]
     assert late == sent[:2], "where nobody else may wait, a stream ends at once and is asked for again"
 
 

@@ -4,7 +4,10 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -14,7 +17,8 @@ from tests.support import servers
 from tests.support.proxy import Proxy, proxied
 from tests.support.servers import Servers
 from tests.support.service import Service, service
-from tests.support.waiting import wait_until
+from tests.support.stream import Stream
+from tests.support.waiting import until, wait_until
 
 GRACE_SECONDS = 4.0
 
@@ -213,6 +217,25 @@ def test_a_submit_while_redis_is_away_is_accepted_at_once_and_runs_when_it_is_ba
     # Again sooner than the search for lost messages.
     views = [running.ends(task_id, 8) for task_id in tasks]
     assert [(view["status"], view["attempt"]) for view in views] == [("SUCCESS", 1)] * 3
+
+
+@pytest.mark.parametrize("fault", ["cut", "black_hole"])
+async def test_what_a_task_logs_while_redis_is_away_is_told_when_its_attempt_has_ended(
+    running: Service, redis: Proxy, tmp_path: Path, fault: str
+) -> None:
+    mark = tmp_path / "go on"
+    task_id = running.submit("odd.talks", str(mark), 2)
+    async with httpx.AsyncClient(base_url=running.http.base_url, timeout=30) as client:
+        stream = Stream(client, task_id)
+        await until(lambda: len(stream.logged()) == 2, 20, "the lines that Redis brings")
+        getattr(redis, fault)()
+        mark.touch()
+        events = await stream.ended()
+    assert [number for _, number, _ in stream.logged()] == [1, 2, 3, 4]
+    assert (events[-1][0], events[-1][2]["status"]) == ("end", "SUCCESS")
+    view = running.view(task_id)
+    began, ended = (datetime.fromisoformat(view[name]) for name in ("started_at", "finished_at"))
+    assert (ended - began).total_seconds() < 15, "nor does the task wait for Redis"
 
 
 @pytest.mark.parametrize(("revive", "freeze"), [(True, True), (False, False)], ids=["answers late", "forgotten"])

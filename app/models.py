@@ -196,7 +196,7 @@ class Task(SQLModel, table=True):  # type: ignore[no-redef]  # pydantic's plugin
 
 
 class IdempotencyKey(SQLModel, table=True):
-    """A submit that may come again: what it was, and which tasks it made. Written with them, by one statement."""
+    """A request that may come again: what it was, and what it made, tasks or a job. Written with them, at once."""
 
     __tablename__ = "idempotency_key"
     __table_args__ = (

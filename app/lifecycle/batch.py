@@ -199,7 +199,7 @@ DELETE FROM idempotency_key
 
 
 async def remembered(db: Database, key: SubmitKey) -> Remembered | None:
-    """The first submit under this key; None if there was none within `limits.KEY_SECONDS`, and the key is free."""
+    """The first request under this key; None if there was none within `limits.KEY_SECONDS`, and the key is free."""
     place = (key.owner, key.route, key.key, limits.KEY_SECONDS)
     row = await db.fetchrow(_REMEMBERED, *place)
     if row is None:

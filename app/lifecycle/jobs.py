@@ -20,7 +20,7 @@ from app.core.statuses import TERMINAL, JobKind, JobStatus, TaskStatus
 from app.db import Database, Record
 from app.lifecycle import listing
 from app.lifecycle.listing import Filter, Mark
-from app.lifecycle.values import Ended, settled_of
+from app.lifecycle.values import Ended, SubmitKey, settled_of
 from app.lifecycle.waiting import CANCEL
 
 STEP = 500
@@ -69,15 +69,39 @@ class Step:
     after: Mark | None
 
 
+# As with a submit, the key comes first: whoever wants the same one waits here until this is committed, and makes none.
 _BEGIN = """
-INSERT INTO job (id, owner, kind, filter, traceparent) VALUES ($1, $2, $3, $4::json, $5)
+WITH kept AS (
+    INSERT INTO idempotency_key (owner, route, key, fingerprint, task_ids)
+    SELECT $2, $6, $7::text, $8::bytea, ARRAY[$1::uuid] WHERE $7 IS NOT NULL
+    ON CONFLICT DO NOTHING
+    RETURNING true
+)
+INSERT INTO job (id, owner, kind, filter, traceparent)
+SELECT $1::uuid, $2, $3, $4::json, $5 WHERE $7 IS NULL OR EXISTS (SELECT FROM kept)
+RETURNING id
 """
 
 
-async def begin_job(db: Database, owner: str, kind: JobKind, wanted: Filter, *, traceparent: str) -> UUID:
-    """Have something done to every task of an owner's that passes a filter. Returns the id of the job."""
-    job_id = ids.uuid7()
-    await db.execute(_BEGIN, job_id, owner, str(kind), _as_json(wanted), traceparent)
+async def begin_job(
+    db: Database, owner: str, kind: JobKind, wanted: Filter, *, traceparent: str, key: SubmitKey | None = None
+) -> UUID | None:
+    """Have something done to every task of an owner's that passes a filter, and remember it under `key`.
+
+    Returns:
+        The id of the job; None if the key came before (`remembered` says what began then), and nothing was written.
+    """
+    job_id: UUID | None = await db.fetchval(
+        _BEGIN,
+        ids.uuid7(),
+        owner,
+        str(kind),
+        _as_json(wanted),
+        traceparent,
+        key.route if key else None,
+        key.key if key else None,
+        key.fingerprint if key else None,
+    )
     return job_id
 
 

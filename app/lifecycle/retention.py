@@ -69,7 +69,7 @@ RETURNING true
 
 
 async def forget_keys(db: Database, *, older_than_seconds: float, limit: int) -> int:
-    """Remove keys of submits; from then on each may stand for another one. Returns how many were removed."""
+    """Remove keys of requests; from then on each may stand for another one. Returns how many were removed."""
     return len(await db.fetch(_FORGET_KEYS, older_than_seconds, limit))
 
 

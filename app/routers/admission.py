@@ -61,7 +61,7 @@ class Accepted:
 
 
 def key_of(request: Request, caller: Caller, *posted: object) -> lifecycle.SubmitKey | None:
-    """What this submit is known by, if its caller gave it a key.
+    """What this request is known by, if its caller gave it a key.
 
     Args:
         request: whose `Idempotency-Key` is read.
@@ -150,9 +150,18 @@ def _count(new: Iterable[lifecycle.NewTask], outcome: str) -> None:
 
 
 def _again(first: lifecycle.Remembered, key: lifecycle.SubmitKey) -> Accepted:
+    return Accepted(task_ids=answered_before(first, key), replayed=True)
+
+
+def answered_before(first: lifecycle.Remembered, key: lifecycle.SubmitKey) -> tuple[UUID, ...]:
+    """The ids that the first request under this key was answered with.
+
+    Raises:
+        IdempotencyKeyReused: if it was another request.
+    """
     if first.fingerprint != key.fingerprint:
         raise errors.IdempotencyKeyReused
-    return Accepted(task_ids=first.task_ids, replayed=True)
+    return first.task_ids
 
 
 async def _new_tasks(

@@ -9,7 +9,7 @@ from app import lifecycle, schemas
 from app.core import errors, telemetry
 from app.core.errors import FieldError
 from app.core.statuses import JobKind, TaskStatus
-from app.routers import body, door, problems
+from app.routers import admission, body, door, openapi, problems
 from app.routers.listing import PATH, filter_of
 from app.routers.state import Resources, State
 
@@ -20,8 +20,10 @@ router = APIRouter(tags=["tasks"])
 JobId = Annotated[UUID, Path(alias="id", description="The `job_id` that the start of the job answered.")]
 
 _LOCATION = {"Location": {"description": "Where the job can be read.", "schema": {"type": "string"}}}
-_BEGUN: dict[int | str, dict[str, Any]] = {202: {"description": "It goes on in the background.", "headers": _LOCATION}}
-_BODY = body.declared(schemas.BulkFilter, required=True)
+_BEGUN: dict[int | str, dict[str, Any]] = {
+    202: {"description": "It goes on in the background.", "headers": {**_LOCATION, **openapi.REPLAYED}}
+}
+_BODY = {"parameters": [dict(openapi.KEY_PARAMETER)]} | body.declared(schemas.BulkFilter, required=True)
 _PROBLEMS = problems.responses(400, 413, 415, 422, 503)
 
 
@@ -31,7 +33,8 @@ async def cancel_tasks(
 ) -> schemas.JobCreated:
     """Cancel every unfinished task that passes a filter, as `POST /api/tasks/{id}/cancel` does one.
 
-    It concerns the tasks that are there now. The body names one part of the filter at least.
+    It concerns the tasks that are there now. The body names one part of the filter at least. Each call begins another
+    job, but for those under one `Idempotency-Key`.
     """
     return await _begin(JobKind.CANCEL, request, response, state, caller)
 
@@ -42,7 +45,8 @@ async def rerun_tasks(
 ) -> schemas.JobCreated:
     """Run every task that passes a filter again, as it was: those that failed, unless `status` says otherwise.
 
-    It concerns the tasks that are there now. The body names one part of the filter at least.
+    It concerns the tasks that are there now. The body names one part of the filter at least. Each call begins another
+    job, but for those under one `Idempotency-Key`.
     """
     return await _begin(JobKind.RERUN, request, response, state, caller)
 
@@ -65,7 +69,9 @@ _UNLESS_NAMED = {JobKind.CANCEL: lifecycle.ELIGIBLE[JobKind.CANCEL], JobKind.RER
 async def _begin(
     kind: JobKind, request: Request, response: Response, state: State, caller: door.Caller
 ) -> schemas.JobCreated:
-    asked = await body.wanted(request, schemas.BulkFilter)
+    posted = await body.read(request)
+    asked = body.parsed(posted, schemas.BulkFilter)
+    key = admission.key_of(request, caller, posted.value)
     if not asked.model_dump(exclude_defaults=True):
         # A body that was forgotten, or nothing but null, must not mean everything.
         raise errors.ValidationFailed([FieldError("", "Name one part of the filter at least")])
@@ -74,7 +80,15 @@ async def _begin(
         raise errors.ValidationFailed([FieldError("/status", f"Input should be of {fitting}")])
     wanted = filter_of(asked.model_copy(update={"status": asked.status or sorted(_UNLESS_NAMED[kind])}))
     traceparent = telemetry.current_traceparent(request.headers)
-    job_id = await lifecycle.begin_job(state["db"], caller.owner, kind, wanted, traceparent=traceparent)
+    db = state["db"]
+    while (
+        job_id := await lifecycle.begin_job(db, caller.owner, kind, wanted, traceparent=traceparent, key=key)
+    ) is None:
+        # The first one is committed: its row kept this one out.
+        if key is not None and (first := await lifecycle.remembered(db, key)) is not None:
+            [job_id] = admission.answered_before(first, key)
+            response.headers[admission.REPLAYED_HEADER] = "true"
+            break
     response.headers["Location"] = f"{JOBS}/{job_id}"
     return schemas.JobCreated(job_id=job_id)
 

@@ -24,18 +24,21 @@ KEY_PARAMETER: Mapping[str, Any] = {
     "name": admission.KEY_HEADER,
     "in": "header",
     "required": False,
-    "description": "1 to 255 visible ASCII characters. The same key with the same request is answered with the same "
-    "task for 24 hours, however often it comes; with another request it is a 422.",
+    "description": "1 to 255 visible ASCII characters. The same key with the same request is answered with the ids of "
+    "the first time for 24 hours, however often it comes; with another request it is a 422.",
     "schema": {"type": "string", "pattern": admission.KEY_PATTERN},
     "example": "order-4711",
 }
-"""The header of a submit that may come again."""
+"""The header of a request that may come again."""
 
-SUBMIT_HEADERS: Mapping[str, Any] = {
+REPLAYED: Mapping[str, Any] = {
     admission.REPLAYED_HEADER: {
         "description": f"There if an earlier request under the same {admission.KEY_HEADER} was answered so.",
         "schema": _TRUE,
     },
+}
+SUBMIT_HEADERS: Mapping[str, Any] = {
+    **REPLAYED,
     admission.DEDUPLICATED_HEADER: {
         "description": "There if `unique_for` found an unfinished task that will do.",
         "schema": _TRUE,

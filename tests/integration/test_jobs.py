@@ -1,6 +1,7 @@
 """Acting on many tasks: in steps, by any relay, each task once."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID
@@ -10,6 +11,7 @@ import pytest
 
 from app import lifecycle
 from app.broker import Broker
+from app.core import limits
 from app.core.config import Settings
 from app.core.statuses import JobKind, TaskStatus
 from app.db import Database
@@ -301,6 +303,65 @@ async def test_ended_jobs_are_forgotten(api: httpx.AsyncClient, relay: Relay, se
     await relay.prune()
     assert_problem(await api.get(f"/api/jobs/{done}"), 404)
     assert (await read(api, running))["status"] == "running"
+
+
+async def keyed(api: httpx.AsyncClient, key: str, what: str = "cancel", **wanted: Any) -> httpx.Response:
+    return await api.post(f"/api/tasks/{what}", json=wanted, headers={"Idempotency-Key": key})
+
+
+@pytest.mark.parametrize("what", ["cancel", "rerun"])
+async def test_of_a_hundred_at_once_under_one_key_one_begins_a_job(
+    api: httpx.AsyncClient, relay: Relay, db: Database, what: str
+) -> None:
+    await failed(db)
+    answers = await asyncio.gather(*(keyed(api, "k", what, task="sample.echo") for _ in range(100)))
+    assert {answer.status_code for answer in answers} == {202}
+    assert Counter(answer.headers.get("idempotent-replayed") for answer in answers) == {None: 1, "true": 99}
+    [job_id] = {answer.json()["job_id"] for answer in answers}
+    assert {answer.headers["location"] for answer in answers} == {f"/api/jobs/{job_id}"}
+    assert await db.fetchval("SELECT array_agg(id) FROM job") == [UUID(job_id)]
+    await worked_off(api, relay, job_id)
+    again = await keyed(api, "k", what, task="sample.echo")
+    assert (again.json()["job_id"], again.headers["idempotent-replayed"]) == (job_id, "true"), "after its end, too"
+    assert await db.fetchval("SELECT count(*) FROM task WHERE rerun_of IS NOT NULL") == (what == "rerun")
+
+
+async def test_a_key_with_another_filter_is_refused_and_begins_nothing(api: httpx.AsyncClient, db: Database) -> None:
+    assert (await keyed(api, "k", tag="a")).status_code == 202
+    problem = assert_problem(await keyed(api, "k", tag="b"), 422)
+    assert problem["type"] == "/problems/idempotency-key-reused"
+    assert await db.fetchval("SELECT count(*) FROM job") == 1
+    # Of another route it is another key, and so is that of another owner.
+    assert "idempotent-replayed" not in (await keyed(api, "k", "rerun", tag="b")).headers
+    await db.execute("UPDATE idempotency_key SET owner = 'ada'")
+    assert "idempotent-replayed" not in (await keyed(api, "k", tag="b")).headers
+    assert await db.fetchval("SELECT count(*) FROM job") == 3
+
+
+async def test_a_key_of_a_job_is_forgotten_after_a_day(api: httpx.AsyncClient, db: Database) -> None:
+    first = await keyed(api, "k", tag="a")
+    await db.execute(
+        "UPDATE idempotency_key SET created_at = now() - make_interval(secs => $1)", limits.KEY_SECONDS + 1.0
+    )
+    later = await keyed(api, "k", tag="b")
+    assert (later.status_code, "idempotent-replayed" in later.headers) == (202, False)
+    assert later.json() != first.json()
+
+
+async def test_what_is_no_key_begins_nothing(api: httpx.AsyncClient, db: Database) -> None:
+    assert_problem(await keyed(api, "a b", tag="a"), 400, "/Idempotency-Key")
+    # What is wrong with the filter is said before the key is kept.
+    assert_problem(await keyed(api, "k", tag=5), 422, "/tag")
+    assert (await keyed(api, "k", tag="a")).status_code == 202
+    assert await db.fetchval("SELECT count(*) FROM job") == 1
+
+
+async def test_the_openapi_says_that_a_job_may_have_a_key(api: httpx.AsyncClient) -> None:
+    paths: dict[str, Any] = (await api.get("/openapi.json")).json()["paths"]
+    for what in ("cancel", "rerun"):
+        operation = paths[f"/api/tasks/{what}"]["post"]
+        assert [one["name"] for one in operation["parameters"]] == ["Idempotency-Key"]
+        assert {"Location", "Idempotent-Replayed"} <= operation["responses"]["202"]["headers"].keys()
 
 
 async def test_somebody_elses_job_is_404(api: httpx.AsyncClient, db: Database) -> None:

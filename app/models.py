@@ -283,6 +283,7 @@ class Job(SQLModel, table=True):
         CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="job_finished_iff_not_running"),
         Index("job_running", "stepped_at", postgresql_where=text("status = 'running'")),
         Index("job_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index("job_stepped", "owner", "stepped_at", postgresql_where=text("stepped_at > created_at")),
     )
 
     id: UUID = Field(sa_column=Column(Uuid, primary_key=True))
@@ -308,6 +309,16 @@ class Job(SQLModel, table=True):
     stepped_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
     """When its newest step was taken: jobs take turns."""
     finished_at: datetime | None = Field(default=None, sa_column=Column(DateTime(timezone=True)))
+
+
+class JobPlace(SQLModel, table=True):
+    """One of the few places that an owner has for jobs, and which job took it last: it is free unless that one runs."""
+
+    __tablename__ = "job_place"
+
+    owner: str = Field(sa_column=Column(Text, primary_key=True))
+    slot: int = Field(sa_column=Column(SmallInteger, primary_key=True, autoincrement=False))
+    job_id: UUID = Field(sa_column=Column(Uuid, nullable=False))
 
 
 class QueueSetting(SQLModel, table=True):

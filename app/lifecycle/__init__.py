@@ -13,7 +13,9 @@ from app.lifecycle.history import Attempt, Line, Logged, attempts, logged, read_
 from app.lifecycle.invariants import Breach, breaches, invariants
 from app.lifecycle.jobs import (
     ELIGIBLE,
+    JOBS_AT_ONCE,
     Job,
+    NotBegun,
     Step,
     Stepped,
     begin_job,
@@ -99,6 +101,7 @@ __all__ = [
     "COUNT_LIMIT",
     "CRASH_BUDGET",
     "ELIGIBLE",
+    "JOBS_AT_ONCE",
     "LOSS_BUDGET",
     "REFUSAL_BUDGET",
     "SEEN_SECONDS",
@@ -133,6 +136,7 @@ __all__ = [
     "Mark",
     "Misfit",
     "NewTask",
+    "NotBegun",
     "Order",
     "Original",
     "Outcome",

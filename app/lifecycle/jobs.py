@@ -5,12 +5,16 @@ acts on it; what it did, and where the next one goes on, are one statement. So a
 relay that is killed leaves a job that another goes on with, and no task is
 counted, or run again, twice. It concerns the tasks that were there when it
 began: those that it makes are not among them.
+
+Owners take turns, and each has a few jobs at most: how long a job takes depends
+on how many owners have any, not on how many somebody else has begun.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from enum import Enum, auto
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -27,6 +31,8 @@ STEP = 500
 """Tasks that one step acts on."""
 LEASE_SECONDS = 30.0
 """How long a step may take before another relay takes it."""
+JOBS_AT_ONCE = 10
+"""Jobs of one owner that may be under way."""
 
 ELIGIBLE = {JobKind.CANCEL: frozenset(TaskStatus) - TERMINAL, JobKind.RERUN: TERMINAL}
 """The statuses of tasks that a job can act on."""
@@ -69,29 +75,53 @@ class Step:
     after: Mark | None
 
 
-# As with a submit, the key comes first: whoever wants the same one waits here until this is committed, and makes none.
-_BEGIN = """
-WITH kept AS (
+class NotBegun(Enum):
+    """Why a job was not begun."""
+
+    FULL = auto()
+    """The owner has `JOBS_AT_ONCE` under way."""
+    OVERTAKEN = auto()
+    """Another request has the key, or was faster to take the place. It is committed."""
+
+
+# A place is free whose job does not run, whoever ended it. Of two that see the same one free, the second waits for the
+# row, and finds another job in it than it saw. The place comes before the key: then one with the same key, which waits
+# for the key and makes no job, has at worst put the id of none into a place, and left it free.
+_BEGIN = f"""
+WITH free AS MATERIALIZED (
+    SELECT number AS slot, p.job_id AS holder
+      FROM generate_series(1, {JOBS_AT_ONCE}) AS number LEFT JOIN job_place p ON p.owner = $2 AND p.slot = number
+     WHERE (SELECT status FROM job WHERE id = p.job_id) IS DISTINCT FROM 'running'
+     ORDER BY number LIMIT 1
+), taken AS (
+    INSERT INTO job_place (owner, slot, job_id) SELECT $2, slot, $1::uuid FROM free
+    ON CONFLICT (owner, slot) DO UPDATE SET job_id = excluded.job_id
+     WHERE job_place.job_id = (SELECT holder FROM free)
+    RETURNING true
+), kept AS (
     INSERT INTO idempotency_key (owner, route, key, fingerprint, task_ids)
-    SELECT $2, $6, $7::text, $8::bytea, ARRAY[$1::uuid] WHERE $7 IS NOT NULL
+    SELECT $2, $6, $7::text, $8::bytea, ARRAY[$1] FROM taken WHERE $7 IS NOT NULL
     ON CONFLICT DO NOTHING
     RETURNING true
+), begun AS (
+    INSERT INTO job (id, owner, kind, filter, traceparent)
+    SELECT $1, $2, $3, $4::json, $5 FROM taken WHERE $7 IS NULL OR EXISTS (SELECT FROM kept)
+    RETURNING id
 )
-INSERT INTO job (id, owner, kind, filter, traceparent)
-SELECT $1::uuid, $2, $3, $4::json, $5 WHERE $7 IS NULL OR EXISTS (SELECT FROM kept)
-RETURNING id
+SELECT (SELECT id FROM begun) AS job_id, EXISTS (SELECT FROM free) AS has_room
 """
 
 
 async def begin_job(
     db: Database, owner: str, kind: JobKind, wanted: Filter, *, traceparent: str, key: SubmitKey | None = None
-) -> UUID | None:
+) -> UUID | NotBegun:
     """Have something done to every task of an owner's that passes a filter, and remember it under `key`.
 
     Returns:
-        The id of the job; None if the key came before (`remembered` says what began then), and nothing was written.
+        The id of the job, or why there is none. If the key came before, `remembered` says what began then;
+        if it did not, whoever was overtaken may try again.
     """
-    job_id: UUID | None = await db.fetchval(
+    [row] = await db.fetch(
         _BEGIN,
         ids.uuid7(),
         owner,
@@ -102,7 +132,8 @@ async def begin_job(
         key.key if key else None,
         key.fingerprint if key else None,
     )
-    return job_id
+    job_id: UUID | None = row["job_id"]
+    return job_id or (NotBegun.OVERTAKEN if row["has_room"] else NotBegun.FULL)
 
 
 _JOB = "id, kind, status, acted, passed_over, created_at, finished_at"
@@ -125,10 +156,14 @@ async def cancel_job(db: Database, job_id: UUID, owner: str) -> Job | None:
     return _job_of(await db.fetchrow(_STOP, job_id, owner)) or await job(db, job_id, owner)
 
 
+# The turn is that of the owner whose newest step was the longest ago, also if its job has ended with that step; of its
+# jobs, of the one that has waited longest.
 _TAKE_STEP = """
 UPDATE job SET token = $1, lease_until = now() + make_interval(secs => $2), stepped_at = now()
- WHERE id = (SELECT id FROM job WHERE status = 'running' AND (lease_until IS NULL OR lease_until < now())
-              ORDER BY stepped_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+ WHERE id = (SELECT id FROM job j WHERE status = 'running' AND (lease_until IS NULL OR lease_until < now())
+              ORDER BY (SELECT max(stepped_at) FROM job WHERE owner = j.owner AND stepped_at > created_at) NULLS FIRST,
+                       stepped_at
+              LIMIT 1 FOR UPDATE SKIP LOCKED)
 RETURNING id, owner, kind, filter, mark_at, mark_id, created_at
 """
 

@@ -1,5 +1,7 @@
 """Acting on many tasks at once, in the background: cancel, or run again, all that pass a filter."""
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -9,11 +11,13 @@ from app import lifecycle, schemas
 from app.core import errors, telemetry
 from app.core.errors import FieldError
 from app.core.statuses import JobKind, TaskStatus
+from app.db import Database
 from app.routers import admission, body, door, openapi, problems
 from app.routers.listing import PATH, filter_of
 from app.routers.state import Resources, State
 
 JOBS = "/api/jobs"
+FULL_RETRY_AFTER_SECONDS = 5
 
 router = APIRouter(tags=["tasks"])
 
@@ -24,7 +28,7 @@ _BEGUN: dict[int | str, dict[str, Any]] = {
     202: {"description": "It goes on in the background.", "headers": {**_LOCATION, **openapi.REPLAYED}}
 }
 _BODY = {"parameters": [dict(openapi.KEY_PARAMETER)]} | body.declared(schemas.BulkFilter, required=True)
-_PROBLEMS = problems.responses(400, 413, 415, 422, 503)
+_PROBLEMS = problems.responses(400, 413, 415, 422, 429, 503)
 
 
 @router.post(f"{PATH}/cancel", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_BODY)
@@ -80,17 +84,27 @@ async def _begin(
         raise errors.ValidationFailed([FieldError("/status", f"Input should be of {fitting}")])
     wanted = filter_of(asked.model_copy(update={"status": asked.status or sorted(_UNLESS_NAMED[kind])}))
     traceparent = telemetry.current_traceparent(request.headers)
-    db = state["db"]
-    while (
-        job_id := await lifecycle.begin_job(db, caller.owner, kind, wanted, traceparent=traceparent, key=key)
-    ) is None:
-        # The first one is committed: its row kept this one out.
-        if key is not None and (first := await lifecycle.remembered(db, key)) is not None:
-            [job_id] = admission.answered_before(first, key)
-            response.headers[admission.REPLAYED_HEADER] = "true"
-            break
+    begin = partial(lifecycle.begin_job, state["db"], caller.owner, kind, wanted, traceparent=traceparent, key=key)
+    job_id, replayed = await _begun(begin, state["db"], key)
+    if replayed:
+        response.headers[admission.REPLAYED_HEADER] = "true"
     response.headers["Location"] = f"{JOBS}/{job_id}"
     return schemas.JobCreated(job_id=job_id)
+
+
+async def _begun(
+    begin: Callable[[], Awaitable[UUID | lifecycle.NotBegun]], db: Database, key: lifecycle.SubmitKey | None
+) -> tuple[UUID, bool]:
+    """The job, and whether an earlier request has begun it. Raises TooManyAtOnce, and what a reused key raises."""
+    while isinstance(begun := await begin(), lifecycle.NotBegun):
+        # What was accepted once is answered again, even if there is no room now.
+        if key is not None and (first := await lifecycle.remembered(db, key)) is not None:
+            [job_id] = admission.answered_before(first, key)
+            return job_id, True
+        if begun is lifecycle.NotBegun.FULL:
+            sentence = f"At most {lifecycle.JOBS_AT_ONCE} jobs of yours can be under way: wait for one to end"
+            raise errors.TooManyAtOnce(sentence, retry_after_seconds=FULL_RETRY_AFTER_SECONDS)
+    return begun, False
 
 
 def _shown(job: lifecycle.Job | None) -> schemas.JobRead:

@@ -258,6 +258,64 @@ async def test_jobs_take_turns(api: httpx.AsyncClient, relay: Relay, db: Databas
     assert [(await read(api, job_id))["status"] for job_id in (long, short)] == ["running", "done"]
 
 
+async def test_owners_take_turns_however_many_jobs_one_has(relay: Relay, db: Database) -> None:
+    async def begin(owner: str) -> UUID:
+        job_id = await lifecycle.begin_job(db, owner, JobKind.CANCEL, Filter(name="nobody"), traceparent="")
+        assert isinstance(job_id, UUID)
+        return job_id
+
+    async def whose_turn() -> str:
+        before = await db.fetch("SELECT owner FROM job WHERE status = 'running'")
+        await relay.work_on_jobs()
+        after = await db.fetch("SELECT owner FROM job WHERE status = 'running'")
+        [owner] = (Counter(one["owner"] for one in before) - Counter(one["owner"] for one in after)).elements()
+        return str(owner)
+
+    # Each of them ends with its only step, so nothing that runs says whose turn it was.
+    for _ in range(lifecycle.JOBS_AT_ONCE):
+        await begin("bob")
+    assert await whose_turn() == "bob"
+    await begin("ada")
+    await begin("ada")
+    turns = []
+    for _ in range(6):
+        turns.append(await whose_turn())
+        if turns[-1] == "bob":
+            await begin("bob")
+    assert turns == ["ada", "bob", "ada", "bob", "bob", "bob"]
+
+
+async def test_an_owner_has_a_few_jobs_at_most_whoever_asks_at_once(
+    api: httpx.AsyncClient, relay: Relay, db: Database
+) -> None:
+    async def begin(number: int) -> httpx.Response:
+        headers = {"Idempotency-Key": f"k{number // 2}"} if number % 3 else {}
+        return await api.post("/api/tasks/cancel", json={"task": "nobody"}, headers=headers)
+
+    first = await keyed(api, "k", task="nobody")
+    answers = [first, *await asyncio.gather(*(begin(number) for number in range(60)))]
+    accepted = [one for one in answers if one.status_code == 202]
+    assert {one.status_code for one in answers} == {202, 429}
+    assert len({one.json()["job_id"] for one in accepted}) == lifecycle.JOBS_AT_ONCE
+    assert await db.fetchval("SELECT count(*) FROM job") == lifecycle.JOBS_AT_ONCE
+    refused = next(one for one in answers if one.status_code == 429)
+    assert assert_problem(refused, 429)["type"] == "/problems/too-many-at-once"
+    assert refused.headers["retry-after"] == "5"
+    # Nothing is remembered of a request that was refused, and what was accepted is answered again.
+    beginnings = "SELECT count(*) FROM idempotency_key k WHERE NOT EXISTS (SELECT FROM job WHERE id = ANY (k.task_ids))"
+    assert await db.fetchval(beginnings) == 0
+    again = await keyed(api, "k", task="nobody")
+    assert (again.json(), again.headers["idempotent-replayed"]) == (first.json(), "true")
+    assert await lifecycle.begin_job(db, "ada", JobKind.CANCEL, Filter(name="x"), traceparent="")
+
+    # The one that ends makes room, whoever ends it.
+    await relay.work_on_jobs()
+    stopped, refused = await begun(api, "cancel", task="nobody"), await begin(0)
+    assert refused.status_code == 429
+    assert (await api.post(f"/api/jobs/{stopped}/cancel")).json()["status"] == "cancelled"
+    assert (await begin(0)).status_code == 202
+
+
 async def test_a_job_makes_no_tasks_while_too_many_wait(
     api: httpx.AsyncClient, relay: Relay, db: Database, settings: Settings
 ) -> None:
@@ -366,6 +424,7 @@ async def test_the_openapi_says_that_a_job_may_have_a_key(api: httpx.AsyncClient
 
 async def test_somebody_elses_job_is_404(api: httpx.AsyncClient, db: Database) -> None:
     theirs = await lifecycle.begin_job(db, "me", JobKind.CANCEL, Filter(name="x"), traceparent="")
+    assert isinstance(theirs, UUID)
     for path in (f"/api/jobs/{theirs}", f"/api/jobs/{UUID(int=1)}"):
         assert assert_problem(await api.get(path), 404)["type"] == "/problems/job-not-found"
         assert_problem(await api.post(f"{path}/cancel"), 404)

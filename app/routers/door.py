@@ -5,7 +5,8 @@ With `TASKQUEUE_AUTH_MODE=none` nobody has to say who they are: everybody is the
 same caller, whose tasks have an empty owner, and may do everything. With
 `api-key` a request shows a key (`Authorization: Bearer tq_live_…`), and its
 caller is whoever holds it. A key that is unknown, revoked or expired gets one
-and the same `401`.
+and the same `401`. Who stays, to follow a task or to wait for it, is asked again
+while they do: a stream ends with its key.
 
 Whoever tries keys gets a `429` after some, by their address, but nobody is
 locked out by it: a true key is let in all the same.
@@ -13,7 +14,7 @@ locked out by it: a true key is let in all the same.
 
 import ipaddress
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, cast
@@ -36,6 +37,9 @@ FAILURES_A_MINUTE = 60
 """Wrong keys that one address may show; so many at once, and one a second after that."""
 ADDRESSES = 10_000
 """Addresses whose failures are remembered."""
+ASK_SECONDS = 1.5
+"""How often who stays is asked whether their key still holds. What is known of it may be `keys.FRESH_SECONDS` old, and
+is then looked up beside the question: the next one, which has the answer, comes within `keys.STALE_SECONDS` of all."""
 
 BUDGETS = {
     Scope.TASKS_WRITE: "submit",
@@ -50,6 +54,10 @@ def _nothing(_: int) -> None:
     return
 
 
+async def _always() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who calls.
@@ -59,11 +67,16 @@ class Caller:
         scopes: what they may do.
         spend: takes so many more units of the budget that the route spends of, for a request that is worth
             many; raises QuotaExceeded.
+        holds: asks again whether they may be here, as for a request, but spends nothing; raises DatabaseUnavailable
+            if nobody knows now.
+        ask_seconds: how often who stays is to be asked; infinite where nobody has to say who they are.
     """
 
     owner: str
     scopes: frozenset[Scope] = frozenset(Scope)
     spend: Callable[[int], None] = field(default=_nothing, repr=False, compare=False)
+    holds: Callable[[], Awaitable[bool]] = field(default=_always, repr=False, compare=False)
+    ask_seconds: float = field(default=math.inf, compare=False)
 
     def may(self, scope: Scope) -> bool:
         """Whether they have this scope. `admin` has them all, for their own tasks."""
@@ -140,15 +153,20 @@ class Door:
             DatabaseUnavailable: if nobody knows now who holds it.
         """
         holder = await self._holder(request)
-        if scope not in holder.scopes and Scope.ADMIN not in holder.scopes:
+        if not _has(holder, scope):
             metrics.turned_away("scope")
             raise errors.Forbidden(scope)
+        holds = partial(self._holds, request.headers["authorization"], scope)
         allowed = self._allowed[budget]
         if not allowed:
-            return Caller(holder.owner, holder.scopes)
+            return Caller(holder.owner, holder.scopes, holds=holds, ask_seconds=ASK_SECONDS)
         self._spend(request, holder.key_id, budget, allowed, 1)
         more = partial(self._spend_more, request, holder.key_id, budget, allowed)
-        return Caller(holder.owner, holder.scopes, more)
+        return Caller(holder.owner, holder.scopes, more, holds, ASK_SECONDS)
+
+    async def _holds(self, shown: str, scope: Scope) -> bool:
+        holder = await self._found(shown)
+        return holder is not None and _has(holder, scope)
 
     def _spend_more(self, request: Request, key_id: str, budget: str, allowed: int, units: int) -> None:
         # The request has taken one already, and does so again when it comes back: what it asks for must fit beside
@@ -170,8 +188,7 @@ class Door:
         if shown is None:
             metrics.turned_away("credentials")
             raise errors.Unauthenticated(shown=False)
-        scheme, _, text = shown.partition(" ")
-        holder = await self._keyring.holder(text.strip(" ")) if scheme.lower() == "bearer" else None
+        holder = await self._found(shown)
         if holder is None:
             metrics.turned_away("credentials")
             answer = self._failures.take(_address(request), FAILURES_A_MINUTE)
@@ -182,6 +199,15 @@ class Door:
                 )
             raise errors.Unauthenticated(shown=True)
         return holder
+
+    async def _found(self, shown: str) -> Holder | None:
+        """Who holds the key that an `Authorization` shows; None if it shows none."""
+        scheme, _, text = shown.partition(" ")
+        return await self._keyring.holder(text.strip(" ")) if scheme.lower() == "bearer" else None
+
+
+def _has(holder: Holder, scope: Scope) -> bool:
+    return scope in holder.scopes or Scope.ADMIN in holder.scopes
 
 
 def _address(request: Request) -> str:

@@ -28,7 +28,7 @@ from app.lifecycle import Logged, Snapshot
 from app.routers import door, problems
 from app.routers.state import Resources
 from app.routers.tasks import ONE, PATH, TaskId, absent
-from app.watch import Full, Watch
+from app.watch import Follower, Full, Watch
 
 HEARTBEAT_SECONDS = 15.0
 """After how long a silence something is sent, so that nobody between takes the connection for dead."""
@@ -71,8 +71,8 @@ async def follow_task(
     What its code logs is told within a second or two, the last 50 lines of an attempt at a time; where more were
     logged, their numbers leave a gap. Without Redis, lines are told when their attempt has ended.
 
-    The stream ends with the task. It also ends after ten minutes, or when its process does: come again with the
-    `id` of the last event as `Last-Event-ID`, as browsers do by themselves.
+    The stream ends with the task. It also ends after ten minutes, when its key is revoked or expires, or when its
+    process does: come again with the `id` of the last event as `Last-Event-ID`, as browsers do by themselves.
     """
     found = (await lifecycle.snapshots(state["db"], [task_id], owner=caller.owner)).get(task_id)
     if found is None:
@@ -84,13 +84,15 @@ async def follow_task(
         raise errors.ServiceUnavailable(
             "Too many are following tasks; try again later", retry_after_seconds=FULL_RETRY_AFTER_SECONDS
         )
-    events = _events(state["db"], state["watch"], task_id, found, told)
+    events = _events(state["db"], state["watch"], caller, task_id, found, told)
     # Proxies that collect answers before they pass them on know this header.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
 
-async def _events(db: Database, watch: Watch, task_id: UUID, found: Snapshot, told: "_Told") -> AsyncIterator[str]:
+async def _events(
+    db: Database, watch: Watch, caller: door.Caller, task_id: UUID, found: Snapshot, told: "_Told"
+) -> AsyncIterator[str]:
     yield f"retry: {RETRY_MILLISECONDS}\n\n"
     # Without Postgres the stream ends, and whoever comes again goes on behind the last event.
     with contextlib.suppress(Full, errors.DatabaseUnavailable):
@@ -101,7 +103,9 @@ async def _events(db: Database, watch: Watch, task_id: UUID, found: Snapshot, to
         until = time.monotonic() + STREAM_SECONDS
         with watch.follow(task_id, found, log=True) as follower:
             while time.monotonic() < until:
-                changed = await follower.change(HEARTBEAT_SECONDS)
+                changed = await _change(follower, caller)
+                if changed is None:
+                    return
                 if follower.seen is not None:
                     async for event in told.news(db, task_id, follower.seen, follower.logged):
                         yield event
@@ -109,6 +113,22 @@ async def _events(db: Database, watch: Watch, task_id: UUID, found: Snapshot, to
                     yield ":\n\n"
                 if follower.over:
                     return
+
+
+async def _change(follower: Follower, caller: door.Caller) -> bool | None:
+    """Wait for a change, until a heartbeat is due. Returns whether there was one; None if it is not for the caller."""
+    due_at = time.monotonic() + HEARTBEAT_SECONDS
+    while True:
+        changed = await follower.change(min(due_at - time.monotonic(), caller.ask_seconds))
+        try:
+            if not await caller.holds():
+                return None
+        except errors.DatabaseUnavailable:
+            # Nobody knows whether the key still holds. To be silent is all that it is good for until then.
+            if changed:
+                return None
+        if changed or time.monotonic() >= due_at:
+            return changed
 
 
 class _Told:

@@ -153,8 +153,13 @@ async def read_result(
     """
     seconds, applied = waiting.patience(wait, prefer)
     ended = await _end(task_id, state, caller)
-    if ended is None and seconds > 0 and await waiting.for_end(request, state["watch"], task_id, seconds):
-        ended = await _end(task_id, state, caller)
+    if ended is None and seconds > 0:
+        over = await waiting.for_end(request, state["watch"], task_id, seconds)
+        # Much may have happened to the key, too.
+        if not await caller.holds():
+            raise errors.Unauthenticated(shown=True)
+        if over:
+            ended = await _end(task_id, state, caller)
     answer = _result(ended)
     answer.headers.update(applied)
     return answer

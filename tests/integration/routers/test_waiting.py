@@ -3,27 +3,34 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from fastapi import Request
 from pydantic import SecretStr
 
-from app import lifecycle, publisher
+from app import keys, lifecycle, publisher
 from app.broker import Broker
+from app.core import errors
 from app.core.config import Settings
+from app.core.scopes import Scope
+from app.core.stopping import stop
 from app.db import Database
-from app.routers import following
+from app.routers import door, following
 from app.watch import Full, Watch
 from tests.integration.routers.conftest import Serve
 from tests.integration.routers.test_tasks import assert_problem, started
+from tests.support.identities import guarded, key_of, shown
 from tests.support.network import closed_port
 from tests.support.waiting import until
 
 NEVER = 3600.0
 SOON = 5.0
 """Seconds, of a busy machine; what fails here waits for ever."""
+ANYBODY = door.Caller("")
 
 
 @pytest.fixture
@@ -258,14 +265,143 @@ async def test_a_stream_that_is_silent_is_kept_alive_and_ends_in_time(
     task_id = await started(db)
     found = (await lifecycle.snapshots(db, [task_id]))[task_id]
     async with asyncio.timeout(SOON):
-        sent = [chunk async for chunk in following._events(db, watch, task_id, found, following._Told(found, None))]
+        sent = [
+            chunk async for chunk in following._events(db, watch, ANYBODY, task_id, found, following._Told(found, None))
+        ]
     assert sent[0] == "retry: 1000\n\n"
     assert sent[1].startswith("id: 1.STARTED.")
     assert len(sent) > 3
     assert set(sent[2:]) == {":\n\n"}
     with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
-        late = [chunk async for chunk in following._events(db, watch, task_id, found, following._Told(found, None))]
+        late = [
+            chunk async for chunk in following._events(db, watch, ANYBODY, task_id, found, following._Told(found, None))
+        ]
     assert late == sent[:2], "where nobody else may wait, a stream ends at once and is asked for again"
+
+
+@pytest.fixture
+async def guarded_api(api_settings: Settings, serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve(guarded(api_settings)) as client:
+        yield client
+
+
+async def followed(
+    watch: Watch, db: Database, caller: door.Caller, task_id: UUID
+) -> tuple[list[str], "asyncio.Task[None]"]:
+    """What somebody who follows a task is told, as it comes, once they wait for more."""
+    sent: list[str] = []
+    found = (await lifecycle.snapshots(db, [task_id]))[task_id]
+
+    async def read() -> None:
+        async for chunk in following._events(db, watch, caller, task_id, found, following._Told(found, None)):
+            sent.append(chunk)  # noqa: PERF401  # it is looked at as it comes
+
+    reading = asyncio.create_task(read())
+    await until(lambda: task_id in watch._followers, SOON, "somebody who waits")
+    return sent, reading
+
+
+async def admitted(api_settings: Settings, db: Database, key: str) -> door.Caller:
+    """Who shows this key, as a door of its own lets them in."""
+    entrance = door.Door.of(guarded(api_settings), db)
+    assert entrance is not None
+    request = Request({"type": "http", "headers": [(b"authorization", f"Bearer {key}".encode())], "state": {}})
+    return await entrance.admit(request, Scope.TASKS_READ, "poll")
+
+
+async def revoke(db: Database, key: str) -> None:
+    key_id = keys.id_of(key)
+    assert key_id is not None
+    assert await keys.revoke(db, key_id) is not None
+
+
+async def test_a_silent_stream_ends_soon_after_its_key_was_revoked(
+    watch: Watch, db: Database, api_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.routers.following.HEARTBEAT_SECONDS", NEVER)
+    key, other = [await key_of(db, "ada") for _ in range(2)]
+    task_id = await started(db)
+    sent, reading = await followed(watch, db, await admitted(api_settings, db, key), task_id)
+    others, staying = await followed(watch, db, await admitted(api_settings, db, other), task_id)
+    await revoke(db, key)
+    async with asyncio.timeout(4 * keys.STALE_SECONDS):
+        await reading
+    assert len(sent) == len(others) == 2, "nothing more was told"
+    assert not staying.done()
+    await stop(staying)
+
+
+async def test_nothing_is_told_to_a_key_that_has_expired_or_that_nobody_can_ask_about(
+    watch: Watch, db: Database, api_settings: Settings
+) -> None:
+    task_id = await started(db)
+    opens: bool | None = True
+
+    async def holds() -> bool:
+        if opens is None:
+            raise errors.DatabaseUnavailable("gone")
+        return opens
+
+    caller = door.Caller("ada", holds=holds, ask_seconds=0.01)
+    answers: list[bool | None] = [False, None]
+    for answer in answers:
+        opens = True
+        sent, reading = await followed(watch, db, caller, task_id)
+        [follower] = watch._followers[task_id]
+        opens = answer
+        await asyncio.sleep(0)
+        follower.see(replace((await lifecycle.snapshots(db, [task_id]))[task_id], progress=0.5))
+        async with asyncio.timeout(SOON):
+            await reading
+        assert len(sent) == 2
+    expiring = await admitted(api_settings, db, await key_of(db, "ada", expires_in_seconds=0.5))
+    sent, reading = await followed(watch, db, expiring, task_id)
+    async with asyncio.timeout(2 * SOON):
+        await reading
+
+
+async def test_a_stream_outlives_postgres_as_long_as_there_is_nothing_to_tell(
+    watch: Watch, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.routers.following.HEARTBEAT_SECONDS", 0.05)
+    asked = 0
+
+    async def holds() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked < 20:
+            raise errors.DatabaseUnavailable("gone")
+        return True
+
+    caller = door.Caller("ada", holds=holds, ask_seconds=0.01)
+    sent, reading = await followed(watch, db, caller, await started(db))
+    await until(lambda: asked > 25, SOON, "questions")
+    assert not reading.done()
+    assert ":\n\n" in sent
+    await stop(reading)
+
+
+async def test_who_waits_with_a_key_that_is_revoked_meanwhile_gets_no_result(
+    guarded_api: httpx.AsyncClient, db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.keys.ring.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("app.keys.ring.STALE_SECONDS", 0.0)
+    key, other = [await key_of(db, "") for _ in range(2)]
+    ends, goes_on = [await started(db) for _ in range(2)]
+
+    def waiting(task_id: UUID, key: str, wait: float) -> "asyncio.Task[httpx.Response]":
+        path = f"/api/tasks/{task_id}/result"
+        return asyncio.create_task(guarded_api.get(path, params={"wait": wait}, headers=shown(key)))
+
+    answers = [waiting(ends, key, 25), waiting(goes_on, key, 2), waiting(ends, other, 25)]
+    await waited_for(broker, ends, goes_on)
+    await revoke(db, key)
+    await publisher.announce_end(broker, await settle(db, ends, lifecycle.Succeeded('"secret"')))
+    async with asyncio.timeout(2 * SOON):
+        first, second, third = await asyncio.gather(*answers)
+    for refused in (first, second):
+        assert assert_problem(refused, 401)["type"] == "/problems/unauthenticated"
+    assert third.json() == {"result": "secret"}
 
 
 async def test_a_status_that_is_known_is_not_sent_again(api: httpx.AsyncClient, db: Database) -> None:

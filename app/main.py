@@ -140,7 +140,7 @@ class _Lifespan:
             guarded = door.Door.of(settings, db)
             if guarded is not None:
                 stack.push_async_callback(stop, asyncio.create_task(guarded.run()))
-            watch = Watch(db, broker)
+            watch = Watch(db, broker, shared=guarded is not None)
             stack.push_async_callback(stop, asyncio.create_task(_keep_watching(watch)))
             stack.callback(watch.close)
             stack.enter_context(hearing(watch.close))

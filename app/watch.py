@@ -9,6 +9,9 @@ end a second later.
 
 Who follows a task may hear its log lines as well, those of an attempt that runs.
 That is a favour of Redis's: what was not heard is read when the attempt has ended.
+
+Places are few. Where callers say who they are, an owner has no more of them than it
+leaves free, so nobody can take all of them from the others.
 """
 
 import asyncio
@@ -16,6 +19,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -40,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Full(Exception):
-    """As many wait as may, or the process is about to end."""
+    """As many wait as may, in all or of one owner, or the process is about to end."""
 
 
 class Follower:
@@ -94,13 +98,21 @@ class Follower:
 
 
 class Watch:
-    """Those who wait in one process."""
+    """Those who wait in one process.
 
-    def __init__(self, database: Database, broker: Broker, *, places: int | None = None) -> None:
+    Args:
+        database: where the tasks are.
+        broker: through which their ends are heard.
+        places: how many may wait at once.
+        shared: callers say who they are, and none is to have all places.
+    """
+
+    def __init__(self, database: Database, broker: Broker, *, places: int | None = None, shared: bool = False) -> None:
         self._db = database
         self._broker = broker
         self._places = PLACES if places is None else places
-        self._taken = 0
+        self._shared = shared
+        self._taken: Counter[str] = Counter()
         self._closed = False
         self._followers: dict[UUID, set[Follower]] = {}
         self._readers: dict[UUID, set[Follower]] = {}
@@ -108,27 +120,30 @@ class Watch:
         self._suspects: set[UUID] = set()
         self._suspicion = asyncio.Event()
 
-    @property
-    def full(self) -> bool:
-        """Whether nobody else may wait now."""
-        return self._closed or self._taken >= self._places
+    def full(self, owner: str = "") -> bool:
+        """Whether nobody else may wait for this owner now."""
+        free = self._places - self._taken.total()
+        return self._closed or free <= 0 or (self._shared and self._taken[owner] >= free)
 
     @contextlib.contextmanager
-    def follow(self, task_id: UUID, seen: Snapshot | None = None, *, log: bool = False) -> Iterator[Follower]:
+    def follow(
+        self, task_id: UUID, seen: Snapshot | None = None, *, owner: str = "", log: bool = False
+    ) -> Iterator[Follower]:
         """Wait for a task within the block.
 
         Args:
             task_id: the task, which had not ended when it was last looked at.
             seen: how it was then, if that is of interest.
+            owner: for whom.
             log: hear what it logs, too; needs `seen`.
 
         Raises:
-            Full: if nobody else may wait now.
+            Full: if nobody else may wait now, or nobody else for this owner.
         """
-        if self.full:
+        if self.full(owner):
             raise Full
         follower = Follower(seen)
-        self._taken += 1
+        self._taken[owner] += 1
         if task_id in self._followers:
             # What happened since it was looked at was told before this one listened.
             self._suspect(task_id)
@@ -142,7 +157,9 @@ class Watch:
                 self._join(those, task_id, follower)
             yield follower
         finally:
-            self._taken -= 1
+            self._taken[owner] -= 1
+            if not self._taken[owner]:
+                del self._taken[owner]
             for those in joined:
                 self._leave(those, task_id, follower)
 

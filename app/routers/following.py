@@ -80,7 +80,7 @@ async def follow_task(
     told = _Told(found, last_event_id)
     if found.status in TERMINAL and told.state == _id(found):
         return Response(status_code=204)
-    if found.status not in TERMINAL and state["watch"].full:
+    if found.status not in TERMINAL and state["watch"].full(caller.owner):
         raise errors.ServiceUnavailable(
             "Too many are following tasks; try again later", retry_after_seconds=FULL_RETRY_AFTER_SECONDS
         )
@@ -101,7 +101,7 @@ async def _events(
         if found.status in TERMINAL:
             return
         until = time.monotonic() + STREAM_SECONDS
-        with watch.follow(task_id, found, log=True) as follower:
+        with watch.follow(task_id, found, owner=caller.owner, log=True) as follower:
             while time.monotonic() < until:
                 changed = await _change(follower, caller)
                 if changed is None:

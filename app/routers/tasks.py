@@ -154,7 +154,7 @@ async def read_result(
     seconds, applied = waiting.patience(wait, prefer)
     ended = await _end(task_id, state, caller)
     if ended is None and seconds > 0:
-        over = await waiting.for_end(request, state["watch"], task_id, seconds)
+        over = await waiting.for_end(request, state["watch"], task_id, seconds, owner=caller.owner)
         # Much may have happened to the key, too.
         if not await caller.holds():
             raise errors.Unauthenticated(shown=True)

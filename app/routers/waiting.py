@@ -36,14 +36,16 @@ def patience(wait: float | None, prefer: str | None) -> tuple[float, Mapping[str
     return seconds, {"Preference-Applied": f"wait={math.floor(seconds)}"}
 
 
-async def for_end(request: Request, watch: Watch, task_id: UUID, seconds: float) -> bool:
-    """Hold a request back until its task ends, for so long at most. Where too many wait already, not at all.
+async def for_end(request: Request, watch: Watch, task_id: UUID, seconds: float, *, owner: str) -> bool:
+    """Hold a request back until its task ends, for so long at most.
+
+    Where too many wait already, in all or for this owner, it is not held back at all.
 
     Returns:
         Whether there is something new to read. Many waits may be over at once, and most of them in vain.
     """
     try:
-        with watch.follow(task_id) as follower:
+        with watch.follow(task_id, owner=owner) as follower:
             waiting = asyncio.create_task(follower.end(seconds))
             leaving = asyncio.create_task(_gone(request))
             try:

@@ -1,8 +1,9 @@
 """Waiting for a result, and asking for what is new."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
@@ -239,10 +240,56 @@ def _is_ours(client: dict[str, str], broker: Broker) -> bool:
 async def test_places_are_given_back(watch: Watch) -> None:
     for _ in range(3):
         with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
-            assert watch.full
+            assert watch.full()
             with pytest.raises(Full), watch.follow(uuid4()):
                 pass
-        assert not watch.full
+        assert not watch.full()
+
+
+async def test_an_owner_has_no_more_places_than_it_leaves_free(db: Database, broker: Broker) -> None:
+    shared = Watch(db, broker, places=8, shared=True)
+    with contextlib.ExitStack() as taken:
+
+        def take(owner: str) -> int:
+            """How many more places this owner gets."""
+            for count in range(9):
+                if shared.full(owner):
+                    with pytest.raises(Full):
+                        taken.enter_context(shared.follow(uuid4(), owner=owner))
+                    return count
+                taken.enter_context(shared.follow(uuid4(), owner=owner))
+            raise AssertionError("more than there are")
+
+        # Who says nothing of themselves, but has a key, is an owner like any other.
+        assert [take(owner) for owner in ("", "ada", "bob", "carol")] == [4, 2, 1, 1]
+        assert shared.full("dave")
+    assert not any(shared._taken.values())
+    assert not shared.full("ada")
+
+
+async def test_an_owner_that_takes_all_the_places_it_gets_leaves_some(
+    api_settings: Settings, serve: Serve, db: Database, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.watch.PLACES", 4)
+    ada, bob = [shown(await key_of(db, owner)) for owner in ("ada", "bob")]
+    theirs, too, his = [await started(db, owner=owner) for owner in ("ada", "ada", "bob")]
+    async with serve(guarded(api_settings)) as client:
+
+        async def wait(task_id: UUID, headers: Mapping[str, str], seconds: float) -> httpx.Response:
+            return await client.get(f"/api/tasks/{task_id}/result", params={"wait": seconds}, headers=headers)
+
+        waiting = [asyncio.create_task(wait(task_id, ada, 25)) for task_id in (theirs, too)]
+        await waited_for(broker, theirs, too)
+        # The third is not held back, and a stream of theirs is refused.
+        async with asyncio.timeout(2 * SOON):
+            assert (await wait(theirs, ada, 25)).status_code == 202
+        assert_problem(await client.get(f"/api/tasks/{theirs}/events", headers=ada), 503)
+        other = asyncio.create_task(wait(his, bob, 25))
+        await waited_for(broker, his)
+        for task_id in (theirs, too, his):
+            await publisher.announce_end(broker, await settle(db, task_id, lifecycle.Succeeded("1")))
+        async with asyncio.timeout(2 * SOON):
+            assert [one.json() for one in await asyncio.gather(*waiting, other)] == [{"result": 1}] * 3
 
 
 async def test_who_waits_is_let_go_when_the_process_ends(watch: Watch, db: Database, broker: Broker) -> None:

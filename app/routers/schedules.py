@@ -42,11 +42,14 @@ _CREATED: dict[int | str, dict[str, Any]] = {
 async def put_schedule(
     name: Name, request: Request, response: Response, state: Resources, caller: door.Writer
 ) -> schemas.ScheduleRead:
-    """Make a schedule, or replace the one of this name. What says the same as before moves none of its times."""
+    """Make a schedule, or replace the one of this name. What says the same as before moves none of its times.
+
+    A `webhook_url` as this API shows it, without the query that may hold a token, is the one that is there already.
+    """
     wanted = await body.wanted(request, schemas.ScheduleRequest)
-    definition = _definition(wanted, state, caller)
     for _ in range(WRITES):
         over = await schedules.get(state["db"], caller.owner, name)
+        definition = _definition(wanted, state, caller, over=over)
         planned, next_run = schedules.planned(definition, await lifecycle.clock(state["db"]), over=over)
         written = await schedules.put(state["db"], caller.owner, name, planned, next_run, over=over)
         if written is not None:
@@ -86,18 +89,28 @@ async def delete_schedule(name: Name, state: Resources, caller: door.Writer) -> 
         raise errors.ScheduleNotFound
 
 
-def _definition(wanted: schemas.ScheduleRequest, state: State, caller: door.Caller) -> schedules.Definition:
-    """What the body says, or all that is wrong with it."""
+def _definition(
+    wanted: schemas.ScheduleRequest, state: State, caller: door.Caller, *, over: schedules.Schedule | None
+) -> schedules.Definition:
+    """What the body says, or all that is wrong with it.
+
+    Args:
+        wanted: the body.
+        state: the rules that it is checked by.
+        caller: whose schedule it is.
+        over: what it replaces; None for a new one.
+    """
+    asked = wanted.submit if over is None else _with_whole_url(wanted.submit, over)
     faults = []
     if wanted.cron is None and wanted.every is None:
         faults.append(FieldError("/cron", "One of cron and every is required"))
     try:
-        new = intake.new_task(wanted.submit, state["settings"], state["rules"], owner=caller.owner, traceparent="")
+        new = intake.new_task(asked, state["settings"], state["rules"], owner=caller.owner, traceparent="")
     except errors.ValidationFailed as invalid:
         faults += [FieldError(f"/submit{fault.pointer}", fault.detail) for fault in invalid.errors]
     if faults:
         raise errors.ValidationFailed(faults)
-    submit = wanted.submit.model_dump(mode="json", exclude_unset=True)
+    submit = asked.model_dump(mode="json", exclude_unset=True)
     if new.webhook_url is not None:
         submit["webhook_url"] = new.webhook_url
     timing = schedules.Timing(
@@ -117,6 +130,14 @@ def _definition(wanted: schemas.ScheduleRequest, state: State, caller: door.Call
         task=new.name,
         submit=json.dumps(submit, ensure_ascii=False, allow_nan=False),
     )
+
+
+def _with_whole_url(asked: schemas.SubmitRequest, over: schedules.Schedule) -> schemas.SubmitRequest:
+    """With the URL that is there already, if what is asked for is how that is shown: it was read, and is sent back."""
+    kept = json.loads(over.definition.submit).get("webhook_url")
+    if kept is None or asked.webhook_url != schemas.shown_url(kept):
+        return asked
+    return asked.model_copy(update={"webhook_url": kept})
 
 
 def _row(found: schedules.Schedule) -> dict[str, Any]:

@@ -66,6 +66,8 @@ _DENIED_V6 = tuple(
     )
 )
 _PRIVATE_SUFFIXES = (".internal", ".local", ".localhost", ".svc", ".cluster.local", ".home.arpa")
+_LEFT_OUT = "?…"
+"""What stands where a URL is shown in place of its query (`schemas.shown_url`). Nobody means it."""
 _LABEL = re.compile(r"[^.]{1,63}")
 _HTTP_URL: TypeAdapter[HttpUrl] = TypeAdapter(HttpUrl)
 
@@ -164,6 +166,8 @@ def admit_url(text: str, rules: EgressRules) -> str:
     """
     if len(text) > URL_LIMIT:
         raise ValueError(f"must not be longer than {URL_LIMIT} characters")
+    if text.endswith(_LEFT_OUT):
+        raise ValueError("must be whole: this is how it is shown, without its query")
     url = _without_trailing_dot(_parse(text))
     _check_shape(url)
     origin = _origin(url)

@@ -141,6 +141,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"args": [1, 2]}, "/args/1"),
     ({"queue": "nobody"}, "/queue"),
     ({"webhook_url": "http://169.254.169.254/"}, "/webhook_url"),
+    ({"webhook_url": "https://example.com/hook?…"}, "/webhook_url"),
     ({"max_retries": 101}, "/max_retries"),
     ({"rerun_of": "x"}, "/rerun_of"),
     ({"task": "nobody"}, "/task"),

@@ -1,5 +1,6 @@
 """Schedules over HTTP: what is written is read, what is wrong is named, and owners are apart."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -77,6 +78,37 @@ async def test_what_says_the_same_again_moves_nothing(api: httpx.AsyncClient) ->
     assert again["next_runs"] == first["next_runs"]
     assert again["submit"]["args"] == [2]
     assert (await put(api, every=1800))["next_run"] != first["next_run"]
+
+
+async def test_what_was_read_and_is_sent_back_keeps_the_whole_url(api: httpx.AsyncClient, db: Database) -> None:
+    async def stored() -> str | None:
+        found = await schedules.get(db, "", "nightly")
+        assert found is not None
+        url: str | None = json.loads(found.definition.submit).get("webhook_url")
+        return url
+
+    def sent_back(read: dict[str, Any], **submit: Any) -> dict[str, Any]:
+        return {"every": read["every"], "submit": {**read["submit"], **submit}}
+
+    url = "https://example.com/hook?token=hunter2&x=%E2%80%A6"
+    made = await put(api, submit={"task": "sample.echo", "args": [1], "webhook_url": url})
+    read = (await api.get(f"{PATH}/nightly")).json()
+    assert read["submit"]["webhook_url"] == "https://example.com/hook?…"
+    again = await api.put(f"{PATH}/nightly", json=sent_back(read, args=[2]))
+    assert (again.status_code, again.json()["submit"]) == (200, {**made["submit"], "args": [2]})
+    assert await stored() == url
+
+    # It is of this URL only, and of this schedule only.
+    for other in ("https://example.com/other?…", "https://example.com/hook?token=hunter2…?…"):
+        answer = await api.put(f"{PATH}/nightly", json=sent_back(read, webhook_url=other))
+        assert_problem(answer, 422, "/submit/webhook_url")
+        assert "hunter2" not in answer.text
+    assert_problem(await api.put(f"{PATH}/new", json=sent_back(read)), 422, "/submit/webhook_url")
+    assert await stored() == url
+    for meant in ("https://example.com/hook", "https://example.com/hook?token=2", None):
+        await put(api, submit={"task": "sample.echo", "args": [1], "webhook_url": meant})
+        assert await stored() == meant
+    assert_problem(await api.put(f"{PATH}/nightly", json=sent_back(read)), 422, "/submit/webhook_url")
 
 
 async def test_a_paused_schedule_has_no_next_time(api: httpx.AsyncClient) -> None:

@@ -65,6 +65,7 @@ REFUSED = {
         "https://example.com/" + "ü" * 1000,
         "https://" + "a." * 1030 + "example/",
     ],
+    "without its query": [f"https://example.com/{SECRET}?…", f"https://example.com/?{SECRET}?…"],
     "no URL": ["", " ", SECRET, "https://", "https://example.com/#fragment", "https://example.com/\ud800", "\x00"],
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from app import keys
+from app import keys, schedules
 from app.core import derived, errors
 from app.core.config import Settings
 from app.core.scopes import Scope
@@ -192,6 +192,8 @@ def listed(settings: Settings, *, owner: str | None, as_json: bool) -> Sequence[
 def revoked(settings: Settings, key_ids: Sequence[str]) -> tuple[Sequence[str], bool]:
     """Have keys open nothing any more: the lines of `taskqueue keys revoke`, and whether all of them were there.
 
+    An owner that has no other is named, if schedules of theirs go on.
+
     Args:
         settings: where the database is.
         key_ids: their ids; what stands before and behind the id in a key is passed over.
@@ -201,14 +203,27 @@ def revoked(settings: Settings, key_ids: Sequence[str]) -> tuple[Sequence[str], 
     """
     ids = [one.removeprefix(keys.PREFIX).partition("_")[0] for one in key_ids]
 
-    async def revoke_all(db: Database) -> list[keys.Kept | None]:
+    async def revoke_all(db: Database) -> tuple[list[keys.Kept | None], list[str]]:
         # What can't be an id is not asked for: the words of a command line may hold anything.
-        return [await keys.revoke(db, one) if keys.ID.fullmatch(one) else None for one in ids]
+        became = [await keys.revoke(db, one) if keys.ID.fullmatch(one) else None for one in ids]
+        owners = dict.fromkeys(one.owner for one in became if one is not None)
+        return became, [line for owner in owners if (line := await _left_behind(db, owner)) is not None]
 
-    became = _with_database(settings, revoke_all)
+    became, left_behind = _with_database(settings, revoke_all)
     told = f"is revoked; every API process knows within {keys.STALE_SECONDS:g} s"
     lines = [f"{one.id} {told}" if one is not None else "there is no key with this id" for one in became]
-    return lines, None not in became
+    return [*lines, *left_behind], None not in became
+
+
+async def _left_behind(db: Database, owner: str) -> str | None:
+    """What is said of an owner without a live key whose schedules go on; None if there is nothing to say."""
+    if any(one.state == "live" for one in await keys.kept(db, owner=owner)):
+        return None
+    count = await schedules.count_live(db, owner)
+    if not count:
+        return None
+    go_on = "1 schedule of theirs goes on" if count == 1 else f"{count} schedules of theirs go on"
+    return f"{owner or 'nobody in particular'} has no live key left, and {go_on}: see docs/keys.md"
 
 
 def kept_by(settings: Settings, key: keys.Kept) -> str:

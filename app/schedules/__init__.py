@@ -6,7 +6,7 @@ at all, so that neither a relay that dies nor two that race repeat or lose a tim
 """
 
 from app.schedules.rules import CATCH_UP_LIMIT, LATE_SECONDS, decide, planned
-from app.schedules.table import SCHEDULES_LIMIT, delete, due, fail, fire, forget, get, page, put
+from app.schedules.table import SCHEDULES_LIMIT, count_live, delete, due, fail, fire, forget, get, page, put
 from app.schedules.timing import Timing
 from app.schedules.values import Definition, Due, Fired, Schedule
 
@@ -19,6 +19,7 @@ __all__ = [
     "Fired",
     "Schedule",
     "Timing",
+    "count_live",
     "decide",
     "delete",
     "due",

@@ -72,6 +72,12 @@ async def page(db: Database, owner: str, *, after: str, limit: int) -> list[Sche
     return [_schedule(row) for row in await db.fetch(_PAGE, owner, after, limit)]
 
 
+async def count_live(db: Database, owner: str) -> int:
+    """How many schedules of an owner have a time to come."""
+    sql = "SELECT count(*) FROM schedule WHERE owner = $1 AND next_run IS NOT NULL"
+    return int(await db.fetchval(sql, owner))
+
+
 _CREATE = f"""
 INSERT INTO schedule (owner, name, task, submit, cron, time_zone, every_seconds, anchor, start_at, end_at,
                       jitter_seconds, catch_up, overlap, paused, next_run, due_at)

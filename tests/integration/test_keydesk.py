@@ -118,6 +118,41 @@ def test_a_key_is_revoked_by_its_id_and_asking_twice_is_asking_once(run: Run, se
     assert rows(settings)[1]["revoked_at"] is not None, "the one that is there is revoked all the same"
 
 
+def test_who_has_no_key_left_is_named_if_their_schedules_go_on(run: Run, settings: Settings) -> None:
+    def schedule(*names: str, owner: str, next_run: str = "now() + interval '1 hour'") -> None:
+        async def insert() -> None:
+            connection = await asyncpg.connect(settings.postgres_dsn)
+            for name in names:
+                await connection.execute(
+                    "INSERT INTO schedule (owner, name, task, submit, every_seconds, time_zone, anchor, jitter_seconds,"
+                    " catch_up, overlap, paused, next_run, due_at)"
+                    " VALUES ($1, $2, 'sample.echo', '{}', 60, 'UTC', now(), 0, 'one', 'allow', $3, "
+                    f"{next_run}, {next_run})",
+                    owner, name, next_run == "NULL",
+                )  # fmt: skip
+            await connection.close()
+
+        asyncio.run(insert())
+
+    def made(owner: str, *words: str) -> str:
+        return str(json.loads(run("create", "--owner", owner, "--json", *words)[1])["id"])
+
+    schedule("a", "b", owner="ada")
+    schedule("paused", owner="ada", next_run="NULL")
+    schedule("paused", owner="bob", next_run="NULL")
+    schedule("c", owner="")
+    first, second, expired = made("ada"), made("ada"), made("ada", "--expires", "2001-01-31T12:00:00Z")
+    assert run("revoke", first)[1].count("\n") == 1, "another one is live"
+    assert expired
+    code, out, _ = run("revoke", second, made("bob"), first)
+    assert code == 0
+    assert out.splitlines()[3:] == ["ada has no live key left, and 2 schedules of theirs go on: see docs/keys.md"]
+    anybody = json.loads(run("create", "--json")[1])["id"]
+    assert run("revoke", anybody)[1].splitlines()[1:] == [
+        "nobody in particular has no live key left, and 1 schedule of theirs goes on: see docs/keys.md"
+    ]
+
+
 def chart_s_key() -> str:
     rest = f"tq_live_{'Chart00001'}_{'k' * 43}"
     return rest + hashlib.sha256(rest.encode()).hexdigest()[:8]

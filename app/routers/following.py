@@ -84,14 +84,14 @@ async def follow_task(
         raise errors.ServiceUnavailable(
             "Too many are following tasks; try again later", retry_after_seconds=FULL_RETRY_AFTER_SECONDS
         )
-    events = _events(state["db"], state["watch"], caller, task_id, found, told)
+    events = _events(state["db"], state["watch"], caller, task_id, found, told=told)
     # Proxies that collect answers before they pass them on know this header.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
 
 async def _events(
-    db: Database, watch: Watch, caller: door.Caller, task_id: UUID, found: Snapshot, told: "_Told"
+    db: Database, watch: Watch, caller: door.Caller, task_id: UUID, found: Snapshot, *, told: "_Told"
 ) -> AsyncIterator[str]:
     yield f"retry: {RETRY_MILLISECONDS}\n\n"
     # Without Postgres the stream ends, and whoever comes again goes on behind the last event.

@@ -313,7 +313,8 @@ async def test_a_stream_that_is_silent_is_kept_alive_and_ends_in_time(
     found = (await lifecycle.snapshots(db, [task_id]))[task_id]
     async with asyncio.timeout(SOON):
         sent = [
-            chunk async for chunk in following._events(db, watch, ANYBODY, task_id, found, following._Told(found, None))
+            chunk
+            async for chunk in following._events(db, watch, ANYBODY, task_id, found, told=following._Told(found, None))
         ]
     assert sent[0] == "retry: 1000\n\n"
     assert sent[1].startswith("id: 1.STARTED.")
@@ -321,7 +322,8 @@ async def test_a_stream_that_is_silent_is_kept_alive_and_ends_in_time(
     assert set(sent[2:]) == {":\n\n"}
     with watch.follow(uuid4()), watch.follow(uuid4()), watch.follow(uuid4()):
         late = [
-            chunk async for chunk in following._events(db, watch, ANYBODY, task_id, found, following._Told(found, None))
+            chunk
+            async for chunk in following._events(db, watch, ANYBODY, task_id, found, told=following._Told(found, None))
         ]
     assert late == sent[:2], "where nobody else may wait, a stream ends at once and is asked for again"
 
@@ -340,7 +342,7 @@ async def followed(
     found = (await lifecycle.snapshots(db, [task_id]))[task_id]
 
     async def read() -> None:
-        async for chunk in following._events(db, watch, caller, task_id, found, following._Told(found, None)):
+        async for chunk in following._events(db, watch, caller, task_id, found, told=following._Told(found, None)):
             sent.append(chunk)  # noqa: PERF401  # it is looked at as it comes
 
     reading = asyncio.create_task(read())

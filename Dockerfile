@@ -41,6 +41,7 @@ RUN groupadd --gid 10001 taskqueue \
 COPY --from=build /opt/taskqueue /opt/taskqueue
 ENV PATH=/opt/taskqueue/bin:$PATH \
     HOME=/var/lib/taskqueue \
+    TASKQUEUE_REVISION=${REVISION} \
     HOST=0.0.0.0 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -65,6 +65,10 @@ format: $(VENV)/.dev ## Format the code, and repair what can be repaired safely
 openapi: $(VENV)/.dev ## Write docs/openapi.json anew: the API without sample tasks and tasks of your own
 	@env TASKQUEUE_SAMPLE_TASKS=false TASKQUEUE_TASK_MODULES= $(BIN)/taskqueue openapi > docs/openapi.json
 
+.PHONY: metrics
+metrics: $(VENV)/.dev ## Write docs/metrics.md anew, from the catalogue
+	@$(BIN)/python -m app.core.metrics.page > docs/metrics.md
+
 .PHONY: demo-faults
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)
@@ -88,6 +92,10 @@ bench-fairness: $(VENV)/.dev ## Measure whether a receiver that never answers sl
 .PHONY: bench-waiting
 bench-waiting: $(VENV)/.dev ## Measure how soon a long poll is answered, and what a thousand of them cost
 	@exec $(BIN)/python -m benchmarks.waiting $(BENCH_ARGS)
+
+.PHONY: bench-metrics
+bench-metrics: $(VENV)/.dev ## Measure what the metrics cost a submit and a worker, and a look at them
+	@exec $(BIN)/python -m benchmarks.metrics $(BENCH_ARGS)
 
 ##@ Kubernetes
 

@@ -27,7 +27,7 @@ from celery.worker.consumer import consumer
 from kombu.transport import TRANSPORT_ALIASES
 
 from app import catalog
-from app.core import config, telemetry
+from app.core import config, metrics, telemetry
 from app.core.config import Settings
 from app.worker import bridge, execution, memory, submission
 from app.worker.slots import Slots
@@ -128,13 +128,15 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         if self._process is not None:
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
         _slots().beat()
-        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid())]
+        pipe = _told()
+        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid()), str(pipe.reader)]
         # In a session of its own, so that what is sent to the worker's group leaves it to settle what is left.
         self._process = subprocess.Popen(
-            command, pass_fds=[_slots().fd], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
+            command, pass_fds=[_slots().fd, pipe.reader], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         assert self._process.stdin is not None  # noqa: S101  # stdin=PIPE
         os.set_blocking(self._process.stdin.fileno(), False)
+        _expect_runs(_settings())
 
 
 class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships no types
@@ -203,6 +205,7 @@ app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "app.worker.re
 
 _loaded: Settings | None = None
 _shared: Slots | None = None
+_pipe: metrics.Pipe | None = None
 
 
 def _settings() -> Settings:
@@ -218,15 +221,33 @@ def _slots() -> Slots:
     return _shared
 
 
+def _told() -> metrics.Pipe:
+    assert _pipe is not None  # noqa: S101  # as above
+    return _pipe
+
+
+def _expect_runs(settings: Settings) -> None:
+    """Tell a new keeper, which does not load them, which tasks run here."""
+    for entry in catalog.entries():
+        queue = entry.queue or settings.queues[0]
+        if queue in settings.queues:
+            metrics.expect_runs(entry.name, queue, entry.time_limit)
+
+
 def _register_tasks(**_: Any) -> None:
     catalog.load_modules(_settings())
 
 
 def run_worker(settings: Settings) -> None:
     """Consume `settings.queues` until told to stop. The first SIGTERM is warm; see `_turn_cold`."""
-    global _loaded, _shared  # noqa: PLW0603  # one per process
+    global _loaded, _shared, _pipe  # noqa: PLW0603  # one per process
     _loaded = settings
     _shared = Slots.create(settings.concurrency)
+    _pipe = metrics.Pipe()
+    if settings.metrics_port == 0:
+        metrics.silence()
+    else:
+        _pipe.forward()
     execution.attach(_shared)
     beat_file(settings).parent.mkdir(parents=True, exist_ok=True)
     telemetry.configure_logging(settings, "worker")
@@ -284,6 +305,7 @@ def _start_child(**_: Any) -> None:
         log.exception("this child has no slot and ends")
         time.sleep(BEAT_SECONDS)
         os._exit(1)
+    metrics.child_started(metrics.pool_name(_settings().queues))
 
 
 def _stop_child(**_: Any) -> None:

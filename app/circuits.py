@@ -168,6 +168,10 @@ class Circuits:
         """How many receivers nothing is sent to but probes."""
         return sum(known.open_until is not None for known in self._known.values())
 
+    def shut(self) -> list[Receiver]:
+        """Receivers that nothing is sent to but probes."""
+        return [one for one, known in self._known.items() if known.open_until is not None]
+
     def hopeless(self, now: float) -> list[Receiver]:
         """Receivers that have been sent nothing but probes for `HOPELESS_SECONDS`."""
         known = self._known.items()

@@ -89,7 +89,7 @@ def _api() -> int | None:
     from gunicorn.app.base import BaseApplication  # noqa: PLC0415
     from gunicorn.glogging import Logger  # noqa: PLC0415
 
-    from app.core import telemetry  # noqa: PLC0415
+    from app.core import metrics, telemetry  # noqa: PLC0415
     from app.main import check, create_app  # noqa: PLC0415
 
     telemetry.configure_logging(settings, "api")
@@ -113,6 +113,8 @@ def _api() -> int | None:
 
         def load(self) -> Any:
             api = create_app(settings)
+            if settings.metrics_port == 0:
+                metrics.silence()
             logging.getLogger("uvicorn.access").disabled = True  # metrics and traces say it better
             return api
 

@@ -114,6 +114,14 @@ class Database:
         """One round trip. Raises as `fetch`."""
         await self.fetchval("SELECT 1")
 
+    def connections(self) -> tuple[int, int]:
+        """How many connections are in use, and how many are idle. May be asked from any thread."""
+        pool = self._pool
+        if pool is None:
+            return 0, 0
+        idle = pool.get_idle_size()
+        return pool.get_size() - idle, idle
+
     async def close(self) -> None:
         """Close every connection at once; statements in flight are abandoned."""
         if self._pool is not None:

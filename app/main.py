@@ -26,6 +26,7 @@ from app.routers import (
     health,
     jobs,
     listing,
+    measuring,
     methods,
     openapi,
     problems,
@@ -108,6 +109,8 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(api)
     openapi.install(api, catalog_routes.ANY)
     door.install(api, settings)
+    if settings.metrics_port:
+        measuring.install(api)
     telemetry.instrument_api(api, settings)
     return api
 
@@ -124,9 +127,11 @@ class _Lifespan:
         telemetry.configure_logging(settings, PROCESS_NAME)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(telemetry.shutdown)
-            stack.callback(metrics.serve(settings.metrics_port))
+            stack.callback(metrics.serve(settings.metrics_port, "api", revision=settings.revision))
+            _expect(settings)
             db = Database(settings.postgres_dsn, max_connections=MAX_CONNECTIONS, application_name=APPLICATION_NAME)
             stack.push_async_callback(db.close)
+            stack.callback(metrics.watch_pool(db.connections))
             broker = Broker(
                 settings.redis_url.get_secret_value(),
                 client_name=APPLICATION_NAME,
@@ -158,6 +163,12 @@ class _Lifespan:
                 door=guarded,
                 watch=watch,
             )
+
+
+def _expect(settings: Settings) -> None:
+    metrics.expect_requests()
+    for entry in catalog.entries():
+        metrics.expect_submits(entry.name, entry.queue or settings.queues[0])
 
 
 async def _keep_ringing(publisher: Publisher) -> None:

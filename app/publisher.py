@@ -19,11 +19,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
-from app import db, lifecycle
+from app import db, lifecycle, tally
 from app.broker import Broker, encode_meta
-from app.core import errors
+from app.core import errors, metrics
 from app.core.stopping import stop
 
 DEPTH_CAP = 50_000
@@ -43,7 +44,7 @@ class Publisher:
     def __init__(self, database: db.Database, broker: Broker) -> None:
         self._db = database
         self._broker = broker
-        self._bells: deque[lifecycle.Bell] = deque()
+        self._bells: deque[tuple[lifecycle.Bell, float]] = deque()
         self._rung = asyncio.Event()
         self._down = False
         self._full: set[str] = set()
@@ -52,7 +53,8 @@ class Publisher:
 
     def ring(self, *bells: lifecycle.Bell) -> None:
         """Push these messages soon, those of one queue with one command. Never waits, never fails."""
-        self._bells.extend(bells)
+        now = time.monotonic()
+        self._bells.extend((bell, now) for bell in bells)
         self._rung.set()
 
     def announce(self, ended: lifecycle.Ended) -> None:
@@ -106,7 +108,9 @@ class Publisher:
         """Push everything that was rung so far."""
         while self._bells:
             # They leave the line once they are pushed: if this is cancelled in between, the last flush repeats it.
-            batch = list(islice(self._bells, BATCH))
+            now = time.monotonic()
+            # They were due when they were rung, which is as they were committed.
+            batch = [replace(bell, due_seconds=now - rung) for bell, rung in islice(self._bells, BATCH)]
             for queue in dict.fromkeys(bell.queue for bell in batch):
                 await self._push(queue, [bell for bell in batch if bell.queue == queue])
             for _ in batch:
@@ -118,8 +122,10 @@ class Publisher:
                 depth = await self._broker.publish(queue, sorted(bells, key=lambda bell: bell.position))
             except errors.BrokerUnavailable as away:
                 self._down = True
+                metrics.published(len(bells), "error", [])
                 log.warning("submits go on without Redis; the relay will publish them: %s", away)
             else:
+                tally.count_published(bells)
                 self._saw(queue, depth)
                 return
         # If Postgres is away as well, the rows keep their stamp and the search for lost messages finds them.
@@ -166,15 +172,25 @@ async def let_go(database: db.Database, broker: Broker, queue: str, key: str) ->
             try:
                 await broker.publish(queue, bells)
             except errors.BrokerUnavailable:
+                metrics.published(len(bells), "error", [])
                 await lifecycle.unpublish(database, bells)
+            else:
+                tally.count_published(bells)
 
 
 async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
-    """Put a copy of a task's end where Celery's `AsyncResult` looks. Best effort: the row answers if this fails.
+    """Tell of a task's end, which this process has just written: count it, and put a copy where `AsyncResult` looks.
+
+    Best effort: the row answers if this fails.
 
     Returns:
         Whether Redis took it.
     """
+    tally.count_ends([ended])
+    return await _put_end(broker, ended)
+
+
+async def _put_end(broker: Broker, ended: lifecycle.Ended) -> bool:
     try:
         await broker.put_result(ended.task_id, meta_of(ended))
     except errors.BrokerUnavailable as away:
@@ -185,6 +201,7 @@ async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
 
 async def announce_ends(broker: Broker, ended: Sequence[lifecycle.Ended]) -> None:
     """As `announce_end`, for several; with Redis away only the first is tried."""
+    tally.count_ends(ended)
     for one in ended:
-        if not await announce_end(broker, one):
+        if not await _put_end(broker, one):
             return

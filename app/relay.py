@@ -19,14 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import circuits, db, delivery, lifecycle, publisher, schedules
+from app import circuits, db, delivery, lifecycle, publisher, schedules, tally
 from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
 from app.core import errors, limits, metrics, stopping, telemetry
 from app.core.config import Settings, webhook_key
 from app.core.repeating import every
-from app.core.statuses import JobKind
+from app.core.statuses import DeliveryStatus, JobKind
 from app.db import Database
+from app.exporter import Exporter
 from app.keyring import Keyring, Ring
 from app.scheduler import Scheduler
 from app.trials import Trials
@@ -54,7 +55,9 @@ TURN_SECONDS = 2.0
 BATCH = 500
 LOST_BATCH = 10_000
 """How many lost messages are found at once; that many rows take Postgres about a second."""
-EXPORT_SECONDS = 10.0
+EXPORT_SECONDS = 5.0
+COUNT_SECONDS = 10.0
+COUNT_FAILED_SECONDS = 60.0
 EXPORT_SHARE_OF_TIME = 0.02
 """How much of the time may be spent on counting the queues: the longer a backlog, the rarer its counts."""
 PRUNE_SECONDS = 5.0
@@ -146,7 +149,11 @@ class Relay:
                 return held if self.restricted[queue] else BATCH  # There may be more, and the feed must not be faster.
             if self.restricted[queue]:
                 return 0
-        room = publisher.DEPTH_CAP - await self.broker.depth(queue)
+        try:
+            room = publisher.DEPTH_CAP - await self.broker.depth(queue)
+        except errors.BrokerUnavailable:
+            metrics.published(1, "error", [])
+            raise
         if room > 0:
             bells = await lifecycle.take_due(self.db, queue, limit=min(self._batch(queue, BATCH), room))
         else:
@@ -195,19 +202,10 @@ class Relay:
         """
         messages = await self.broker.tail(queue)
         if messages is None:
-            metrics.show_oldest(queue, 0.0)
             return END_OF_LINE
         places = await lifecycle.places(self.db, [message.task_id for message in messages])
-        believed = [
-            place
-            for message in messages
-            if (place := places.get(message.task_id)) is not None and place.position == message.position
-        ]
-        if not believed:
-            return None
-        first = min(believed, key=lambda place: place.position)
-        metrics.show_oldest(queue, first.due_seconds)
-        return first.position
+        believed = [message.position for message in messages if places.get(message.task_id) == message.position]
+        return min(believed, default=None)
 
     async def publish_lost(self, queue: str) -> int:
         """Push again, at the tail, what lies below the tail as it was one grace ago: its message was lost."""
@@ -225,7 +223,7 @@ class Relay:
             bells = await lifecycle.take_lost(
                 self.db, queue, below_position=below, published_before=stamped_before, limit=batch
             )
-            await self._push(queue, bells)
+            await self._push(queue, bells, lost=True)
             found += len(bells)
             if len(bells) < batch:
                 break
@@ -246,6 +244,8 @@ class Relay:
         for claim, spent in expired if self._connected_for(lease) else ():
             settled = await lifecycle.reap(self.db, claim, lifecycle.decide(spent, lifecycle.Lost()))
             if settled is not None:
+                tally.count_attempt(settled.name, settled.queue, lifecycle.Lost(), settled, run_seconds=None)
+                metrics.recovered("stale_running", 1)
                 log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
                 reaped.append(settled)
         await publisher.announce_ends(self.broker, [one.ended for one in reaped if one.ended is not None])
@@ -352,32 +352,13 @@ class Relay:
             some = hopeless[start : start + GIVE_UP_RECEIVERS]
             given_up += await delivery.give_up(self.db, some, older_than_seconds=patience, limit=GIVE_UP_BATCH)
         if given_up:
+            metrics.webhooks_ended("exhausted", given_up, None)
             log.warning("%d webhooks were given up, whose receivers have not answered for long", given_up)
         return given_up
 
     async def number_events(self) -> int:
         """Give new events their place in the line that can be asked for."""
         return await delivery.number(self.db, limit=BATCH)
-
-    async def export(self) -> int:
-        """Export the state of the queues, row by row. A source that fails takes its series away, never shows 0."""
-        try:
-            counts = await lifecycle.queue_counts(self.db, self.settings.queues)
-            for one in counts:
-                depth = await self.broker.depth(one.queue)
-                metrics.show_queue(
-                    one.queue,
-                    depth=depth,
-                    waiting=one.waiting,
-                    held=one.held,
-                    running=one.running,
-                    paused=one.paused,
-                )
-            metrics.show_webhooks(await delivery.count_due(self.db))
-        except (errors.DatabaseUnavailable, errors.BrokerUnavailable):
-            metrics.hide_queues()
-            raise
-        return len(counts)
 
     async def look_for_strays(self) -> int:
         """Say which queues have tasks, and are not among TASKQUEUE_QUEUES: nobody publishes, runs or reaps those."""
@@ -395,15 +376,17 @@ class Relay:
         """
         return 1 if queue in self.refused else most
 
-    async def _push(self, queue: str, bells: list[lifecycle.Bell]) -> None:
+    async def _push(self, queue: str, bells: list[lifecycle.Bell], *, lost: bool = False) -> None:
         """Push what was stamped; what could not be pushed has its stamp taken back."""
         left = _portions(bells)
         try:
             while left:
                 portion, at_tail = left[0]
                 await self.broker.publish(queue, portion, at_tail=at_tail)
+                tally.count_published(portion, lost=lost)
                 left.pop(0)
         except errors.BrokerUnavailable:
+            metrics.published(sum(len(portion) for portion, _ in left), "error", [])
             self.refused.add(queue)
             await lifecycle.unpublish(self.db, [bell for portion, _ in left for bell in portion])
             raise
@@ -411,11 +394,11 @@ class Relay:
             self.refused.discard(queue)
 
     async def _send(self, claimed: delivery.Claimed, ring: Ring) -> None:
-        schedule, age = self.settings.webhook_schedule, claimed.age_seconds
+        schedule, age, began = self.settings.webhook_schedule, claimed.age_seconds, time.monotonic()
         if delivery.is_spent(claimed.attempt, claimed.scheduled_attempt, schedule, age_seconds=age):
             self.circuits.ended(claimed.receiver, None, time.monotonic())
             log.error("webhook %s is ended unsent: relays have died of it, as it seems", claimed.id)
-            await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT)
+            await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT, age)
             return
         outcome = None
         try:
@@ -437,13 +420,23 @@ class Relay:
         finally:
             self.circuits.ended(claimed.receiver, outcome, time.monotonic())
         verdict = delivery.decide(claimed.scheduled_attempt, receipt, schedule, age_seconds=age)
-        await self._settle(claimed, receipt, verdict)
+        metrics.webhook_attempted(receipt.outcome.value, receipt.duration_seconds)
+        await self._settle(claimed, receipt, verdict, age + time.monotonic() - began)
 
-    async def _settle(self, claimed: delivery.Claimed, receipt: Receipt, verdict: delivery.Verdict) -> None:
+    async def _settle(
+        self, claimed: delivery.Claimed, receipt: Receipt, verdict: delivery.Verdict, age_seconds: float
+    ) -> None:
         # If Postgres stays away for longer, the receiver hears of it again, under the same id.
+        settled = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_SECONDS):
-                await db.insist(lambda: delivery.settle(self.db, claimed, receipt, verdict), what="a webhook's receipt")
+                settled = await db.insist(
+                    lambda: delivery.settle(self.db, claimed, receipt, verdict), what="a webhook's receipt"
+                )
+        if settled and verdict.status is DeliveryStatus.DELIVERED:
+            metrics.webhooks_ended("delivered", 1, age_seconds)
+        elif settled and verdict.status is DeliveryStatus.EXHAUSTED:
+            metrics.webhooks_ended("exhausted", 1, None)
 
     async def watch_connection(self) -> None:
         """Know since when Postgres answers, without a gap that this relay noticed."""
@@ -457,6 +450,7 @@ class Relay:
         if self.connected_since is None or now - self.answered_at > GAP_SECONDS:
             self.connected_since = now
         self.answered_at = now
+        metrics.show_heartbeat()
 
 
 def _portions(bells: list[lifecycle.Bell]) -> list[tuple[list[lifecycle.Bell], bool]]:
@@ -494,42 +488,67 @@ async def serve(settings: Settings) -> None:
 
 
 def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
+    scheduler = Scheduler(relay.settings, relay.db)
+    exporter = Exporter(relay.settings, relay.db, relay.broker, relay.circuits)
+    share = EXPORT_SHARE_OF_TIME
     loops = [
-        every(NOTE_SECONDS, partial(_beat, relay), "the relay"),
-        every(TICK_SECONDS, partial(_deliver, relay), "delivering webhooks"),
-        every(TICK_SECONDS, partial(_all, relay.number_events), "numbering events"),
-        every(TICK_SECONDS, partial(_fire, Scheduler(relay.settings, relay.db)), "firing schedules"),
-        every(TICK_SECONDS, relay.work_on_jobs, "acting on many tasks"),
-        every(EXPORT_SECONDS, relay.export, "exporting the queues", share_of_time=EXPORT_SHARE_OF_TIME),
-        every(PRUNE_SECONDS, partial(_all, relay.prune), "pruning"),
-        every(STRAY_SECONDS, relay.look_for_strays, "the look for stray queues"),
-        every(NOTE_SECONDS, relay.look_at_limits, "the look at limits"),
-        every(STRAY_SECONDS, partial(_forget, relay), "forgetting rates and settings"),
-        every(GIVE_UP_SECONDS, partial(_give_up, relay), "giving up webhooks"),
-        every(TICK_SECONDS, relay.trials.send, "sending test events"),
-        every(RESEAL_SECONDS, relay.keyring.reseal, "sealing secrets anew"),
+        every(NOTE_SECONDS, _measured("beat", partial(_beat, relay)), "the relay"),
+        every(TICK_SECONDS, _measured("deliver", partial(_deliver, relay)), "delivering webhooks"),
+        every(TICK_SECONDS, _measured("number_events", partial(_all, relay.number_events)), "numbering events"),
+        every(TICK_SECONDS, _measured("fire", partial(_fire, scheduler)), "firing schedules"),
+        every(TICK_SECONDS, _measured("jobs", relay.work_on_jobs), "acting on many tasks"),
+        every(EXPORT_SECONDS, _measured("export_depths", exporter.depths), "exporting the depth of the queues"),
+        every(EXPORT_SECONDS, _measured("export_ages", exporter.ages), "exporting ages", share_of_time=share),
+        every(COUNT_SECONDS, _measured("export_counts", exporter.counts), "counting the queues", share_of_time=share),
+        every(
+            COUNT_FAILED_SECONDS, _measured("export_failed", exporter.failed), "counting failures", share_of_time=share
+        ),
+        every(PRUNE_SECONDS, _measured("prune", partial(_all, relay.prune)), "pruning"),
+        every(STRAY_SECONDS, _measured("strays", relay.look_for_strays), "the look for stray queues"),
+        every(NOTE_SECONDS, _measured("limits", relay.look_at_limits), "the look at limits"),
+        every(STRAY_SECONDS, _measured("forget", partial(_forget, relay)), "forgetting rates and settings"),
+        every(GIVE_UP_SECONDS, _measured("give_up", partial(_give_up, relay)), "giving up webhooks"),
+        every(TICK_SECONDS, _measured("trials", relay.trials.send), "sending test events"),
+        every(RESEAL_SECONDS, _measured("reseal", relay.keyring.reseal), "sealing secrets anew"),
     ]
     for queue in relay.settings.queues:
+        of_queue: list[tuple[float, str, Callable[[], Awaitable[object]], str]] = [
+            (TICK_SECONDS, "publish", partial(_all, relay.publish_due, queue), f"publishing to {queue}"),
+            (NOTE_SECONDS, "lost", partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
+            (NOTE_SECONDS, "reap", partial(relay.reap, queue), f"reaping in {queue}"),
+            (NOTE_SECONDS, "expire", partial(_all, relay.expire, queue), f"expiring in {queue}"),
+        ]
+        loops += [every(seconds, _measured(name, sweep), what) for seconds, name, sweep, what in of_queue]
+        let_go = _measured("let_go", partial(_let_go, relay, queue))
+        mend = _measured("mend", partial(_mend, relay, queue))
         loops += [
-            every(TICK_SECONDS, partial(_all, relay.publish_due, queue), f"publishing to {queue}"),
             every(
                 TICK_SECONDS,
-                partial(_let_go, relay, queue),
+                let_go,
                 f"letting go in {queue}",
                 share_of_time=LET_GO_SHARE,
                 rest_at_most=LET_GO_REST_SECONDS,
             ),
-            every(
-                STRAY_SECONDS,
-                partial(_mend, relay, queue),
-                f"looking for tasks of {queue} that stand in no line",
-                share_of_time=EXPORT_SHARE_OF_TIME,
-            ),
-            every(NOTE_SECONDS, partial(_look_for_lost, relay, queue), f"the search for lost messages of {queue}"),
-            every(NOTE_SECONDS, partial(relay.reap, queue), f"reaping in {queue}"),
-            every(NOTE_SECONDS, partial(_all, relay.expire, queue), f"expiring in {queue}"),
+            every(STRAY_SECONDS, mend, f"looking for tasks of {queue} that stand in no line", share_of_time=share),
         ]
     return loops
+
+
+def _measured(name: str, sweep: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[object]]:
+    """A sweep that notes how long it took, and whether it failed."""
+
+    async def measured() -> None:
+        began, failed = time.perf_counter(), True
+        try:
+            await sweep()
+            failed = False
+        except asyncio.CancelledError:
+            failed = False
+            raise
+        finally:
+            metrics.swept(name, time.perf_counter() - began, failed)
+
+    return measured
 
 
 async def _all(sweep: Callable[..., Awaitable[int]], *queue: str) -> None:
@@ -614,7 +633,10 @@ def run(settings: Settings) -> None:
     """Run a relay until it is told to stop."""
     telemetry.configure_logging(settings, "relay")
     telemetry.configure(settings, "relay")
-    metrics.serve(settings.metrics_port)
+    metrics.serve(settings.metrics_port, "relay", revision=settings.revision)
+    if settings.metrics_port == 0:
+        metrics.silence()
+    metrics.expect_sweeps(Outcome)
     for secret in settings.webhook_secrets:
         webhook_key(secret.get_secret_value())
     if not settings.webhook_secrets:

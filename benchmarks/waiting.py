@@ -40,8 +40,8 @@ NOT_YET = b'{"detail":"Result not available yet"}'
 
 
 @contextlib.contextmanager
-def process(command: str, environment: Mapping[str, str], log: Path) -> Iterator[None]:
-    """One `taskqueue` command, ended with the block."""
+def process(command: str, environment: Mapping[str, str], log: Path) -> Iterator[int]:
+    """One `taskqueue` command, ended with the block; its process id."""
     with log.open("wb") as output:
         one = subprocess.Popen(
             [sys.executable, "-m", "app.cli", command],
@@ -50,7 +50,7 @@ def process(command: str, environment: Mapping[str, str], log: Path) -> Iterator
             stderr=subprocess.STDOUT,
         )
     try:
-        yield
+        yield one.pid
     finally:
         one.terminate()
         one.wait(30)

@@ -21,12 +21,15 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from app.core import errors
 
 ENV_FILE = ".env"
+DEFAULT_OBJECTIVE_SECONDS = 30.0
 STANDARD_WEBHOOKS_SCHEDULE = (0.0, 5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 """Seconds between attempts: ten over 75 h 35 min (Standard Webhooks, "Deliverability and reliability")."""
 
 TASK_NAME = re.compile(r"(?!celery\.)[A-Za-z0-9_.:-]{1,255}")
 """Celery has tasks of its own, which nobody may submit and no message may name."""
 QUEUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+_OBJECTIVE = re.compile(rf"(?:{QUEUE_NAME.pattern}=)?[0-9]{{1,9}}(?:\.[0-9]{{1,3}})?", flags=re.ASCII)
 
 Words = Annotated[tuple[str, ...], NoDecode]
 """A tuple that the environment writes with commas or spaces between its words."""
@@ -188,6 +191,17 @@ class Settings(BaseSettings):
         validation_alias=_variable("TASKQUEUE_METRICS_PORT"),
         description="TCP port of the Prometheus metrics; 0 serves none.",
     )
+    latency_objectives: Words = Field(
+        ("30",),
+        validation_alias=_variable("TASKQUEUE_LATENCY_OBJECTIVES"),
+        description="Seconds that a due task may wait, for the alerts: `30`, and `queue=600` for another queue.",
+    )
+    revision: str | None = Field(
+        None,
+        max_length=64,
+        validation_alias=_variable("TASKQUEUE_REVISION"),
+        description="Of the source that runs, for the metrics; the image has it set.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", validation_alias=_variable("TASKQUEUE_LOG_LEVEL"), description="Least level that is logged."
     )
@@ -202,7 +216,14 @@ class Settings(BaseSettings):
         description="OpenTelemetry collector; without it nothing is traced. The other OTEL_ variables hold too.",
     )
 
-    @field_validator("task_modules", "queues", "webhook_allowed_origins", "webhook_blocked_cidrs", mode="before")
+    @field_validator(
+        "task_modules",
+        "queues",
+        "webhook_allowed_origins",
+        "webhook_blocked_cidrs",
+        "latency_objectives",
+        mode="before",
+    )
     @classmethod
     def _split_words(cls, value: object) -> object:
         return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
@@ -229,6 +250,14 @@ class Settings(BaseSettings):
     def _check_schedule(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value or len(value) > 100 or any(not 0 <= seconds <= 31_536_000 for seconds in value):  # noqa: PLR2004
             raise ValueError("must be 1 to 100 numbers of seconds, none negative or over a year")
+        return value
+
+    @field_validator("latency_objectives")
+    @classmethod
+    def _check_objectives(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        queues = [word.rpartition("=")[0] for word in value]
+        if len(set(queues)) != len(queues) or not all(_OBJECTIVE.fullmatch(word) for word in value):
+            raise ValueError("must be seconds such as 30, and queue=600 for another queue, none named twice")
         return value
 
     @field_validator("webhook_blocked_cidrs")
@@ -276,6 +305,11 @@ class Settings(BaseSettings):
         if any(len(key.get_secret_value()) < 32 for key in value):  # noqa: PLR2004
             raise ValueError("must have 32 characters or more; several are separated by spaces")
         return value
+
+    def latency_objective_seconds(self, queue: str) -> float:
+        """How long a due task of this queue may wait."""
+        given = {name: float(seconds) for name, _, seconds in (one.rpartition("=") for one in self.latency_objectives)}
+        return given.get(queue, given.get("", DEFAULT_OBJECTIVE_SECONDS))
 
     @property
     def postgres_dsn(self) -> str:

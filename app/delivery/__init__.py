@@ -17,6 +17,7 @@ Beside it are the secrets that sign an owner's webhooks, and test events, which
 are no part of the outbox: nothing has happened that they would tell.
 """
 
+from app.delivery.census import count_due, oldest_due_seconds
 from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
 from app.delivery.feed import Event, events, number
 from app.delivery.outbox import (
@@ -28,7 +29,6 @@ from app.delivery.outbox import (
     Receiver,
     claim_by_receiver,
     claim_due,
-    count_due,
     give_up,
     release,
     settle,
@@ -127,6 +127,7 @@ __all__ = [
     "is_spent",
     "marks",
     "number",
+    "oldest_due_seconds",
     "patience_seconds",
     "place_secret",
     "prune_secrets",

@@ -22,8 +22,6 @@ BEYOND = "i"
 """Behind every origin in any collation, for each begins with "http"."""
 LAST_NUMBER = 32_767
 """What a SMALLINT holds: one row whose attempts were beyond it would fail the claim of all others."""
-DUE_AT_MOST = 100_000
-"""How far due deliveries are counted: more need no exact number, and counting them would take seconds."""
 
 
 class Receiver(NamedTuple):
@@ -324,16 +322,3 @@ async def give_up(db: Database, receivers: Sequence[Receiver], *, older_than_sec
     owners, origins = [one.owner for one in receivers], [one.origin for one in receivers]
     rows = await db.fetch(_GIVE_UP, owners, origins, limit, older_than_seconds, CIRCUIT_OPEN)
     return len(rows)
-
-
-_COUNT_DUE = f"""
-SELECT (SELECT count(*) FROM (SELECT FROM webhook_delivery
-                               WHERE status = 'pending' AND next_at <= now() LIMIT {DUE_AT_MOST}) AS due)
-     + (SELECT count(*) FROM (SELECT FROM webhook_delivery
-                               WHERE status = 'delivering' AND lease_until < now() LIMIT {DUE_AT_MOST}) AS orphaned)
-"""
-
-
-async def count_due(db: Database) -> int:
-    """How many deliveries could be claimed now, of each kind counted up to `DUE_AT_MOST`."""
-    return int(await db.fetchval(_COUNT_DUE))

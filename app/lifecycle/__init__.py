@@ -3,11 +3,12 @@
 `rules` says what an outcome means; `waiting` and `attempts` make it so, each
 statement under its guard; `batch` submits more than one plain task; `queues`
 says what may not start yet, and `lines` is where that waits; `reads` answers
-questions, `retention` removes what is past its time. Callers use the names here.
+questions, `census` counts, `retention` removes what is past its time. Callers use the names here.
 """
 
 from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
 from app.lifecycle.batch import remembered, submit_batch
+from app.lifecycle.census import QueueAges, QueueCounts, failed_counts, queue_ages, queue_counts
 from app.lifecycle.explaining import Explanation, Facts, Surroundings, explain, facts
 from app.lifecycle.history import Attempt, Line, Logged, attempts, logged, read_lines
 from app.lifecycle.invariants import Breach, breaches, invariants
@@ -41,8 +42,6 @@ from app.lifecycle.queues import (
 )
 from app.lifecycle.reads import (
     Original,
-    Place,
-    QueueCounts,
     Snapshot,
     TaskView,
     as_submitted,
@@ -52,7 +51,6 @@ from app.lifecycle.reads import (
     expired_leases,
     most_waiting,
     places,
-    queue_counts,
     result,
     results,
     snapshots,
@@ -141,7 +139,7 @@ __all__ = [
     "Original",
     "Outcome",
     "Page",
-    "Place",
+    "QueueAges",
     "QueueCounts",
     "QueueState",
     "Rate",
@@ -176,6 +174,7 @@ __all__ = [
     "expired_leases",
     "explain",
     "facts",
+    "failed_counts",
     "forget",
     "forget_jobs",
     "forget_keys",
@@ -196,6 +195,7 @@ __all__ = [
     "pause_queue",
     "places",
     "prune",
+    "queue_ages",
     "queue_counts",
     "queue_states",
     "read_lines",

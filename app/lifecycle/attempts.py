@@ -238,7 +238,7 @@ WITH moved AS (
            progress_message = CASE WHEN {_AGAIN} THEN NULL ELSE progress_message END,
            event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
      WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
-    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker
+    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue
 ), hook AS ({delivery.intend("moved", _TOLD)})
 """
 _SETTLE = f"""{_MOVED}
@@ -256,7 +256,7 @@ SELECT * FROM moved
 """
 
 _MY_OWN_HAND = """
-SELECT id, status, result, error_type, error_message, error_traceback, finished_at FROM task
+SELECT id, name, queue, status, result, error_type, error_message, error_traceback, created_at, finished_at FROM task
  WHERE id = $1 AND attempt = $2 AND token = $3 AND status <> 'STARTED'
 """
 

@@ -205,7 +205,7 @@ _ADVANCE = """
 """
 _CANCEL_STEP = f"""{_MINE.format(lock="FOR UPDATE OF t")}, done AS ({CANCEL}
      WHERE id IN (SELECT id FROM meant) AND status IN ('PENDING', 'RETRY', 'STARTED')
-    RETURNING {delivery.told_columns()}, error_traceback
+    RETURNING {delivery.told_columns()}, error_traceback, queue
 ), unheld AS (
     DELETE FROM held_task WHERE task_id = ANY (ARRAY(SELECT id FROM meant))
 ), hook AS ({delivery.intend("done")}), advanced AS ({_ADVANCE})

@@ -212,36 +212,6 @@ async def budgets(db: Database, held: Claim) -> Budgets | None:
     return None if row is None else Budgets(**dict(row))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueCounts:
-    """Unfinished tasks of one queue, and whether it is paused. Those that are held are not among those that wait."""
-
-    queue: str
-    paused: bool
-    waiting: int
-    held: int
-    running: int
-
-
-# What waits is counted in two, because each has an index of its own.
-_QUEUE_COUNTS = """
-SELECT q.queue, COALESCE((SELECT paused FROM queue_setting s WHERE s.queue = q.queue), false) AS paused,
-       (SELECT count(*) FROM task t
-         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NULL)
-     + (SELECT count(*) FROM task t
-         WHERE t.queue = q.queue AND t.status IN ('PENDING', 'RETRY') AND t.published_at IS NOT NULL
-           AND t.position IS NOT NULL) AS waiting,
-       (SELECT count(*) FROM held_task h WHERE h.queue = q.queue AND h.let_go_at IS NULL) AS held,
-       (SELECT count(*) FROM task t WHERE t.queue = q.queue AND t.status = 'STARTED') AS running
-  FROM unnest($1::text[]) AS q (queue)
-"""
-
-
-async def queue_counts(db: Database, queues: Sequence[str]) -> list[QueueCounts]:
-    """How many tasks wait and run, per queue."""
-    return [QueueCounts(**dict(row)) for row in await db.fetch(_QUEUE_COUNTS, list(queues))]
-
-
 # One probe for each queue there is, not for each row: from one name to the next, in the indexes that lead with it.
 _UNFINISHED_QUEUES = """
 WITH RECURSIVE found (queue) AS (
@@ -303,26 +273,12 @@ async def clock(db: Database) -> datetime:
     return now
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a waiting task stands in line.
-
-    Attributes:
-        position: of its message.
-        due_seconds: since when it has been due.
-    """
-
-    position: int
-    due_seconds: float
-
-
 _PLACES = """
-SELECT id, position, GREATEST(0, extract(epoch FROM now() - run_at))::float8 AS due_seconds FROM task
+SELECT id, position FROM task
  WHERE id = ANY($1::uuid[]) AND status IN ('PENDING', 'RETRY') AND position IS NOT NULL
 """
 
 
-async def places(db: Database, task_ids: Sequence[UUID]) -> dict[UUID, Place]:
-    """Where these tasks stand in line; those that don't wait in one are left out."""
-    rows = await db.fetch(_PLACES, list(task_ids))
-    return {row["id"]: Place(row["position"], row["due_seconds"]) for row in rows}
+async def places(db: Database, task_ids: Sequence[UUID]) -> dict[UUID, int]:
+    """Which positions these tasks have in line; those that don't wait in one are left out."""
+    return {row["id"]: row["position"] for row in await db.fetch(_PLACES, list(task_ids))}

@@ -1,7 +1,7 @@
 """What travels in and out of the state machine."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
@@ -51,6 +51,11 @@ class NewTask:
     unique_key: bytes | None = None
     unique_for_seconds: float | None = None
     concurrency_key: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its arguments, as they are stored."""
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in (self.args, self.kwargs))
 
     @property
     def stored_key(self) -> str:
@@ -110,6 +115,7 @@ class Bell:
     Attributes:
         position: its place in line.
         overdue: it has been in line before, so it is pushed at the tail, where it is next.
+        due_seconds: since when it has been due; None if it had a message before.
     """
 
     task_id: UUID
@@ -120,6 +126,7 @@ class Bell:
     time_limit: float | None = None
     traceparent: str | None = None
     overdue: bool = False
+    due_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +158,18 @@ class Ended:
 
     Attributes:
         result: JSON text; None unless it succeeded.
+        name: of the task. This and what follows are for the metrics, and known to whoever ends a task.
+        queue: where it waited.
+        seconds: from its submit to its end.
     """
 
     task_id: UUID
     status: TaskStatus
     result: str | None
     error: Error | None
+    name: str = field(default="", compare=False)
+    queue: str = field(default="", compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +179,14 @@ class Settled:
     Attributes:
         status: where the task went; a task whose cancel was asked for goes nowhere but REVOKED.
         ended: set if that is its end.
+        name: of the task, for the metrics.
+        queue: where it waited.
     """
 
     status: TaskStatus
     ended: Ended | None
+    name: str = field(default="", compare=False)
+    queue: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +224,7 @@ def bells_of(rows: Iterable[Record]) -> list[Bell]:
             time_limit=row["time_limit"],
             traceparent=row["traceparent"],
             overdue=row["overdue"],
+            due_seconds=row.get("due_seconds"),
         )
         for row in rows
     ]
@@ -230,9 +248,19 @@ def ended_of(row: Record) -> Ended:
     # What failed attempts said stays in the row of a task that succeeds; it is not its end.
     if row["error_type"] is not None and row["status"] != "SUCCESS":
         error = Error(type=row["error_type"], message=row["error_message"] or "", traceback=row["error_traceback"])
-    return Ended(task_id=row["id"], status=TaskStatus(row["status"]), result=row["result"], error=error)
+    created, finished = row.get("created_at"), row.get("finished_at")
+    return Ended(
+        task_id=row["id"],
+        status=TaskStatus(row["status"]),
+        result=row["result"],
+        error=error,
+        name=row.get("name", ""),
+        queue=row.get("queue", ""),
+        seconds=(finished - created).total_seconds() if created and finished else 0.0,
+    )
 
 
 def settled_of(row: Record) -> Settled:
     """What a statement has made of a row."""
-    return Settled(status=TaskStatus(row["status"]), ended=ended_of(row) if row["finished_at"] else None)
+    ended = ended_of(row) if row["finished_at"] else None
+    return Settled(status=TaskStatus(row["status"]), ended=ended, name=row.get("name", ""), queue=row.get("queue", ""))

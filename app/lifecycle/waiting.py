@@ -160,7 +160,9 @@ WITH due AS (
 UPDATE task t SET published_at = now(), position = placed.place
   FROM placed WHERE t.id = placed.id
 RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.traceparent,
-          placed.had_place AND t.attempt > 0 AND t.status = 'PENDING' AS overdue
+          placed.had_place AND t.attempt > 0 AND t.status = 'PENDING' AS overdue,
+          CASE WHEN NOT (placed.had_place AND t.attempt > 0) THEN
+              extract(epoch FROM now() - GREATEST(t.run_at, t.created_at))::float8 END AS due_seconds
 """
 
 
@@ -259,7 +261,7 @@ CANCEL = f"""
 _CANCEL = f"""
 WITH asked AS ({CANCEL}
      WHERE id = $1 AND owner = $2 AND status IN ('PENDING', 'RETRY', 'STARTED')
-    RETURNING {delivery.told_columns()}, error_traceback
+    RETURNING {delivery.told_columns()}, error_traceback, queue
 ), unheld AS (
     DELETE FROM held_task WHERE task_id IN (SELECT id FROM asked)
 ), hook AS ({delivery.intend("asked")})
@@ -290,7 +292,7 @@ WITH late AS (
            error_message = 'The task was still waiting when it expired', error_traceback = NULL,
            event_sequence = event_sequence + {delivery.tells("'REVOKED'")}
       FROM late WHERE t.id = late.id
-    RETURNING {delivery.told_columns("t")}, t.error_traceback
+    RETURNING {delivery.told_columns("t")}, t.error_traceback, t.queue
 ), unheld AS (
     DELETE FROM held_task WHERE task_id = ANY (ARRAY(SELECT id FROM late))
 ), hook AS ({delivery.intend("ended")})
@@ -318,7 +320,7 @@ WITH refused AS (
            event_sequence = event_sequence + {delivery.tells("CASE WHEN refusals + 1 >= $4 THEN 'FAILURE' END")}
      WHERE id = $1 AND attempt = $2 AND name = $3 AND position = $5 AND status IN ('PENDING', 'RETRY')
        AND published_at IS NOT NULL AND run_at <= now()
-    RETURNING {delivery.told_columns()}, error_traceback
+    RETURNING {delivery.told_columns()}, error_traceback, queue
 ), hook AS ({delivery.intend("refused")})
 SELECT * FROM refused
 """

@@ -125,7 +125,7 @@ async def _accept_plain(state: State, new: lifecycle.NewTask) -> Accepted:
     state["backlog"].accepted()
     if bell is not None:
         publisher.ring(bell)
-    metrics.submitted(new.name, new.queue)
+    _count([new], "accepted")
     return Accepted(task_ids=(new.id,))
 
 
@@ -147,6 +147,8 @@ async def _accept_batch(state: State, new: Sequence[lifecycle.NewTask], key: lif
 def _count(new: Iterable[lifecycle.NewTask], outcome: str) -> None:
     for one in new:
         metrics.submitted(one.name, one.queue, outcome)
+        if outcome == "accepted":
+            metrics.accepted_payload(one.name, one.size_bytes)
 
 
 def _again(first: lifecycle.Remembered, key: lifecycle.SubmitKey) -> Accepted:

@@ -152,6 +152,12 @@ class Door:
             QuotaExceeded: if it was shown too often, or too many wrong ones were, from the same address.
             DatabaseUnavailable: if nobody knows now who holds it.
         """
+        if scope is not Scope.TASKS_WRITE:
+            return await self._admit(request, scope, budget)
+        with metrics.counting_rejections():
+            return await self._admit(request, scope, budget)
+
+    async def _admit(self, request: Request, scope: Scope, budget: str) -> Caller:
         holder = await self._holder(request)
         if not _has(holder, scope):
             metrics.turned_away("scope")

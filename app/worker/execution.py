@@ -26,8 +26,8 @@ from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
 
-from app import broker, db, lifecycle, publisher
-from app.core import backoff, errors
+from app import broker, db, lifecycle, publisher, tally
+from app.core import backoff, errors, metrics
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, memory, signals
 from app.worker.journal import Journal
@@ -239,17 +239,21 @@ def run_attempt(task: DurableTask) -> None:
         _show(Running(wanted, started=0.0, limit_seconds=0.0))
         claimed = _claim(task, wanted)
         if claimed is None:
+            metrics.redelivered(_consumed_from(task))
             raise Ignore
+        metrics.attempt_started(claimed.name, claimed.queue, claimed.waited_seconds)
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
         _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
         _journal.begin(wanted)
+        began = time.monotonic()
         outcome = _perform(task, claimed)
+        run_seconds = time.monotonic() - began
         signals.hold()
         logged = _journal.end()
         # Its time limits end here: however long the settle waits for Postgres, the task is done.
         _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
         settled = _settle(claimed, outcome, logged)
-        _tell(claimed, outcome, settled)
+        _tell(claimed, outcome, settled, run_seconds)
     finally:
         _clear(wanted)
         signals.release()
@@ -378,11 +382,18 @@ def _write(claimed: Claimed, outcome: Outcome, logged: lifecycle.Log | None = No
     return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition, logged), what="a settle"))
 
 
-def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None) -> None:
+def _consumed_from(task: DurableTask) -> str:
+    """The queue of the current message, which may say anything of itself."""
+    queue = (task.request.delivery_info or {}).get("routing_key")
+    return queue if queue in bridge.current().settings.queues else metrics.UNKNOWN
+
+
+def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None, run_seconds: float) -> None:
     task_id, attempt = claimed.claim.task_id, claimed.claim.attempt
     if settled is None:
         log.info("%s %s attempt %d was superseded", claimed.name, task_id, attempt)
         return
+    tally.count_attempt(claimed.name, claimed.queue, outcome, settled, run_seconds=run_seconds)
     error = outcome.error if isinstance(outcome, Failed | RetryAsked | Misfit) else None
     reason = f" ({error.type})" if error else ""
     log.info("%s %s attempt %d ended %s%s", claimed.name, task_id, attempt, settled.status, reason)

@@ -11,7 +11,8 @@ children show (`slots`), and
 - tells an attempt once that it has passed its soft time limit,
 - tells an attempt whose cancel was asked for, and ends it if it does not listen,
 - kills an attempt that was superseded, so that its slot does useful work again,
-- serves the worker's metrics, and says every few seconds that the worker is there,
+- counts what the children tell of (`metrics.Pipe`), serves the worker's metrics, and
+  says every few seconds that the worker is there,
 - hands back tasks that this worker does not know, which the main process names
   on the keeper's standard input.
 
@@ -31,14 +32,14 @@ from collections.abc import Coroutine
 from typing import Any
 from uuid import UUID
 
-from app import db, lifecycle, publisher
+from app import db, lifecycle, publisher, tally
 from app.broker import Broker
 from app.core import config, errors, metrics, stopping, telemetry
 from app.core.config import Settings
 from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
 from app.worker import memory
-from app.worker.slots import Slot, Slots
+from app.worker.slots import Running, Slot, Slots
 
 LOOK_SECONDS = 0.2
 """How often the slots are looked at: for dead children and passed limits."""
@@ -55,23 +56,29 @@ log = logging.getLogger("app.worker.keeper")  # also when run as `python -m`
 
 
 def main(argv: list[str]) -> int:
-    """Run until the worker is gone: `argv` is the file descriptor of its slots, and its process id."""
+    """Run until the worker is gone: `argv` is: its slots (a file descriptor), its process id, its metrics' pipe."""
     settings = config.load()
+    if settings.metrics_port == 0:
+        metrics.silence()
     telemetry.configure_logging(settings, "worker")
     # The terminal's Ctrl-C and the pod's SIGTERM mean the worker; the keeper stays until that has ended.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1])).run())
+    told = metrics.Reader(int(argv[2])) if len(argv) > 2 else None  # noqa: PLR2004  # as the docstring says
+    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1]), told=told).run())
     return 0
 
 
 class Keeper:
     """Looks after the attempts of one worker."""
 
-    def __init__(self, settings: Settings, slots: Slots, *, worker_pid: int) -> None:
+    def __init__(
+        self, settings: Settings, slots: Slots, *, worker_pid: int, told: metrics.Reader | None = None
+    ) -> None:
         self._settings = settings
         self._slots = slots
         self._worker_pid = worker_pid
+        self._told_by_children = told
         self._name = f"{socket.gethostname()}/{worker_pid}"
         self._db = Database(
             settings.postgres_dsn,
@@ -121,14 +128,16 @@ class Keeper:
     def _look(self) -> None:
         taken = self._slots.all()
         busy = sum(slot.running is not None for slot in taken)
-        metrics.show_pool(",".join(self._settings.queues), slots=self._settings.concurrency, busy=busy)
+        metrics.show_pool(self._settings.queues, slots=self._settings.concurrency, busy=busy)
+        if self._told_by_children is not None:
+            self._told_by_children.absorb()
         self._oom_kills.look()
         self._told_softly &= {slot.running.claim for slot in taken if slot.running is not None}
         for slot in taken:
             if not slot.lives():
                 self._start(slot, self._bury(slot))
             elif slot.running is not None and slot.running.overdue():
-                self._start(slot, self._end(slot, slot.running.claim, TimedOut(slot.running.limit_seconds)))
+                self._start(slot, self._end(slot, slot.running, TimedOut(slot.running.limit_seconds)))
             elif slot.running is not None and slot.running.softly_overdue():
                 self._tell_softly(slot, slot.running.claim)
 
@@ -145,7 +154,7 @@ class Keeper:
     async def _bury(self, slot: Slot) -> None:
         """Settle what a dead child was running, then let its successor have the slot."""
         if slot.running is not None:
-            await self._settle(slot.running.claim, await self._cause_of_death())
+            await self._settle(slot.running, await self._cause_of_death())
         self._slots.free(slot.index)
 
     async def _cause_of_death(self) -> Outcome:
@@ -157,16 +166,17 @@ class Keeper:
             return Lost()
         return Crashed(out_of_memory=self._oom_kills.explain_a_death())
 
-    async def _end(self, slot: Slot, claim: Claim, outcome: Outcome) -> None:
+    async def _end(self, slot: Slot, running: Running, outcome: Outcome) -> None:
         """End an attempt whose process lives: the row first, so that the truth does not wait for the kill."""
-        if await self._settle(claim, outcome):
-            self._kill(slot, claim)
+        if await self._settle(running, outcome):
+            self._kill(slot, running.claim)
 
-    async def _settle(self, claim: Claim, outcome: Outcome) -> bool:
-        """Write what became of `claim`. False if its row says something else by now."""
-        return await db.insist(lambda: self._settle_once(claim, outcome), what="the keeper")
+    async def _settle(self, running: Running, outcome: Outcome) -> bool:
+        """Write what became of an attempt. False if its row says something else by now."""
+        ran = time.monotonic() - running.started if running.started else None
+        return await db.insist(lambda: self._settle_once(running.claim, outcome, ran), what="the keeper")
 
-    async def _settle_once(self, claim: Claim, outcome: Outcome) -> bool:
+    async def _settle_once(self, claim: Claim, outcome: Outcome, run_seconds: float | None) -> bool:
         spent: Budgets | None = await lifecycle.budgets(self._db, claim)
         if spent is None:
             return False
@@ -175,6 +185,7 @@ class Keeper:
             return False
         name = type(outcome).__name__.lower()
         log.warning("task %s attempt %d is now %s (%s)", claim.task_id, claim.attempt, settled.status, name)
+        tally.count_attempt(settled.name, settled.queue, outcome, settled, run_seconds=run_seconds)
         if settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
         return True
@@ -219,8 +230,8 @@ class Keeper:
                 if self._slots.order_cancel(slot.index, claim):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(slot.pid, signal.SIGUSR1)
-            elif time.monotonic() - self._told[claim] > CANCEL_GRACE_SECONDS:
-                self._start(slot, self._end(slot, claim, Cancelled()))
+            elif time.monotonic() - self._told[claim] > CANCEL_GRACE_SECONDS and slot.running is not None:
+                self._start(slot, self._end(slot, slot.running, Cancelled()))
 
     def _tell_softly(self, slot: Slot, claim: Claim) -> None:
         """Tell an attempt once that it has passed its soft limit; never one that was told of its cancel."""
@@ -253,7 +264,9 @@ class Keeper:
         """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""
         while True:
             try:
-                metrics.serve(self._settings.metrics_port)
+                metrics.serve(
+                    self._settings.metrics_port, "worker", revision=self._settings.revision, pid=self._worker_pid
+                )
             except errors.SettingsError as taken:
                 # The keeper of a worker that has just gone may still have the port.
                 log.warning("%s", taken)

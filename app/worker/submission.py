@@ -18,7 +18,7 @@ from celery.result import AsyncResult
 from pydantic_core import to_jsonable_python
 
 from app import lifecycle
-from app.core import ids, limits, telemetry
+from app.core import ids, limits, metrics, telemetry
 from app.core.config import Settings
 from app.core.statuses import WebhookEvent
 from app.utils import guard
@@ -162,6 +162,7 @@ celery = DurableCelery("taskqueue", set_as_current=True)
 async def _submit(here: bridge.Bridge, new: lifecycle.NewTask) -> None:
     await here.publisher.look(new.queue)
     bell = await lifecycle.submit(here.db, new, hold_back=here.publisher.away(new.queue))
+    metrics.submitted(new.name, new.queue)
     if bell is not None:
         # The row is committed: whatever happens from here on is no error of the submit.
         await here.publisher.push(bell)

@@ -14,16 +14,18 @@ import pytest
 from app import circuits, delivery, lifecycle
 from app import relay as relays
 from app.broker import Broker
-from app.core import errors, metrics, repeating, stopping
+from app.core import errors, repeating, stopping
 from app.core.config import Settings
 from app.core.statuses import DeliveryStatus
 from app.db import Database
+from app.exporter import Exporter
 from app.relay import Relay
 from app.utils import guard, pinned
 from app.utils.webhook import Sender
 from tests.conftest import settings_for
 from tests.support.database import opened
 from tests.support.receiver import Received, Receiver
+from tests.support.scraping import sampled
 from tests.support.waiting import until
 
 HEALTHY = 300
@@ -116,7 +118,7 @@ async def test_a_receiver_that_fails_is_left_alone_and_then_probed(
         await until(lambda: not relay.sending, what="the failures")
         assert relay.circuits.opened() == 1
         assert await relay.deliver() == 0
-        assert metrics.REGISTRY.get_sample_value("taskqueue_webhook_circuits_open") == 1
+        assert sampled("taskqueue_webhook_circuits_open") == 1
         assert (await statuses(db, "%"))["pending"] == 3 * circuits.CAP
         assert await db.fetchval("SELECT sum(attempt) FROM webhook_delivery") == circuits.CAP
 
@@ -198,19 +200,19 @@ async def test_a_search_among_many_receivers_waits_for_no_black_hole(
 
 
 async def test_the_webhooks_that_are_due_are_exported_as_long_as_they_can_be_counted(
-    relay: Relay, db: Database, monkeypatch: pytest.MonkeyPatch
+    relay: Relay, db: Database
 ) -> None:
     def exported() -> float | None:
-        return metrics.REGISTRY.get_sample_value("taskqueue_webhooks", {"state": "due"})
+        return sampled("taskqueue_webhook_due")
 
     await due(db, 3, "https://example.com")
     await due(db, 4, "https://example.com", since_seconds=-60.0)
-    await relay.export()
+    exporter = Exporter(relay.settings, db, relay.broker, relay.circuits)
+    await exporter.counts()
     assert exported() == 3
     closed = Database("postgresql://127.0.0.1:1/none", max_connections=1, application_name="test")
-    monkeypatch.setattr(relay, "db", closed)
     with pytest.raises(errors.DatabaseUnavailable):
-        await relay.export()
+        await Exporter(relay.settings, closed, relay.broker, relay.circuits).counts()
     assert exported() is None
     await closed.close()
 

@@ -13,13 +13,14 @@ from pydantic import SecretStr
 
 from app import lifecycle
 from app.broker import Broker
-from app.core import errors, ids, limits, metrics
+from app.core import errors, ids, limits
 from app.core.config import Settings
 from app.db import Database
 from app.routers import body
 from tests.integration.routers.conftest import Serve
 from tests.integration.routers.test_tasks import JSON, SECRET, SUBMIT, assert_problem
 from tests.support.database import opened
+from tests.support.scraping import sampled
 from tests.support.waiting import until
 
 BATCH = "/api/tasks/batch"
@@ -408,7 +409,7 @@ async def _equals(db: Database, sql: str, wanted: int) -> bool:
 async def test_each_task_of_a_batch_is_counted_by_what_came_of_it(api: httpx.AsyncClient) -> None:
     def counted(outcome: str) -> float:
         labels = {"task": "sample.sleep", "queue": "reports", "outcome": outcome}
-        return metrics.REGISTRY.get_sample_value("taskqueue_tasks_submitted_total", labels) or 0.0
+        return sampled("taskqueue_tasks_submitted_total", **labels) or 0.0
 
     before = [counted(outcome) for outcome in ("accepted", "deduplicated", "replayed")]
     task = {"task": "sample.sleep", "args": [1.0], "queue": "reports", "unique_for": 60.0}

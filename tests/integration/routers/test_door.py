@@ -32,6 +32,7 @@ from tests.integration.routers.conftest import Serve, serving
 from tests.integration.routers.test_tasks import assert_problem
 from tests.support.database import started, submitted
 from tests.support.identities import SECRET, guarded, key_of, shown, spent
+from tests.support.scraping import sampled
 from tests.support.waiting import until
 
 MARK = "ada-4711"
@@ -306,6 +307,19 @@ async def test_a_key_of_nobody_in_particular_goes_on_with_what_was_submitted_wit
     before = await submitted(db)  # With no door, or by `.delay()`.
     headers = shown(await key_of(db, ""))
     assert (await api.get(f"/api/tasks/{before}/status", headers=headers)).json() == {"status": "PENDING"}
+
+
+async def test_a_submit_that_is_not_let_in_is_counted_as_refused(api: httpx.AsyncClient, db: Database) -> None:
+    def refused(reason: str) -> float:
+        return sampled("taskqueue_submit_rejected_total", reason=reason) or 0.0
+
+    before = [refused(reason) for reason in ("unauthenticated", "forbidden")]
+    reader = shown(await key_of(db, "ada", Scope.TASKS_READ))
+    for headers in ({}, reader):
+        assert (await api.post("/api/tasks/submit", headers=headers)).status_code in {401, 403}
+        await api.get(f"/api/tasks/{uuid4()}", headers=headers)  # which submits nothing
+    after = [refused(reason) for reason in ("unauthenticated", "forbidden")]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
 
 
 async def test_the_scheme_is_known_however_it_is_written(api: httpx.AsyncClient, db: Database) -> None:

@@ -64,6 +64,8 @@ def _within_a_century(value: object) -> datetime:
 _INSTANT = WithJsonSchema({"type": "string", "format": "date-time"})
 Moment = Annotated[datetime, PlainValidator(_within_a_year), _INSTANT]
 """A date and time with a time zone, as UTC."""
+AnyMoment = Annotated[datetime, PlainValidator(_moment), _INSTANT]
+"""A `Moment` that is looked for, and not stored: it may be any time."""
 FarMoment = Annotated[datetime, PlainValidator(_within_a_century), _INSTANT]
 """A `Moment` that may be further away."""
 
@@ -737,10 +739,10 @@ class TaskFilter(BaseModel):
     queue: Word | None = Field(None, description="Where it waits, or waited.")
     tag: Word | None = Field(None, description="One of its tags.")
     error_type: Word | None = Field(None, description="Type of the error that it shows.")
-    created_after: Moment | None = Field(None, description="Submitted at this time or later.")
-    created_before: Moment | None = Field(None, description="Submitted before this time.")
-    finished_after: Moment | None = Field(None, description="Ended at this time or later.")
-    finished_before: Moment | None = Field(None, description="Ended before this time.")
+    created_after: AnyMoment | None = Field(None, description="Submitted at this time or later.")
+    created_before: AnyMoment | None = Field(None, description="Submitted before this time.")
+    finished_after: AnyMoment | None = Field(None, description="Ended at this time or later.")
+    finished_before: AnyMoment | None = Field(None, description="Ended before this time.")
 
 
 class BulkFilter(TaskFilter):

@@ -76,6 +76,8 @@ def _schemathesis(url: str, key: str | None, seed: int, examples: int, report: P
         "--seed", str(seed), "--max-examples", str(examples), "--generation-database", "none",
         # No schema can say that a text has no NUL; that it is refused, tests of our own say.
         "--generation-allow-x00", "false", "--request-timeout", "30", "--continue-on-failure",
+        # A long poll takes as long as it was asked to.
+        "--max-response-time", "28",
         "--report", "json", "--report-json-path", str(report),
     ]  # fmt: skip
     if key:

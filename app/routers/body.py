@@ -62,10 +62,12 @@ class Body:
     Attributes:
         text: as it was sent; `{}` if nothing was.
         value: as Python has it.
+        sent: whether anything was.
     """
 
     text: str
     value: dict[str, Any]
+    sent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ async def read(request: Request, limits: Limits = LIMITS) -> Body:
     """
     raw = await _received(request, limits.size_bytes)
     if not raw:
-        return Body("{}", {})
+        return Body("{}", {}, sent=False)
     text = _decoded(raw)
     value = _parsed(text, limits)
     check(value, limits)
@@ -95,13 +97,21 @@ async def read(request: Request, limits: Limits = LIMITS) -> Body:
     return Body(text, value)
 
 
-async def wanted(request: Request, model: type[M]) -> M:
+async def wanted(request: Request, model: type[M], *, required: bool = False) -> M:
     """The body of a request as one of the `schemas`.
+
+    Args:
+        request: whose body.
+        model: the schema.
+        required: whether an empty body is refused, where `{}` would mean something.
 
     Raises:
         ValidationFailed: naming each field at fault; and whatever `read` raises.
     """
-    return parsed(await read(request), model)
+    posted = await read(request)
+    if required and not posted.sent:
+        raise errors.ValidationFailed([FieldError("", "A body is required")])
+    return parsed(posted, model)
 
 
 def parsed(posted: Body, model: type[M]) -> M:

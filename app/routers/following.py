@@ -47,7 +47,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
         "description": "Events named `status`, `progress`, `log` and, last of all, `end`. The data of each is JSON:"
         " `status`, `attempt`, `progress` (`fraction` and `message`, or null), and of an end `error_type`; of a log"
         " line `attempt`, `line` (its number, 1 for the first of its attempt), `at`, `level`, `logger`, `message`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     },
     204: {"description": "The task has ended, and `Last-Event-ID` names its end: there is nothing more to come."},
 }

@@ -57,7 +57,7 @@ async def resume(name: QueueName, state: Resources, _: door.Admin) -> schemas.Qu
 async def put_limits(name: QueueName, request: Request, state: Resources, _: door.Admin) -> schemas.QueueRead:
     """Limit what may run of the queue from now on. What is not named is not limited any more."""
     queue = _known(name, state)
-    wanted = await body.wanted(request, schemas.LimitsRequest)
+    wanted = await body.wanted(request, schemas.LimitsRequest, required=True)
     limits = lifecycle.Limits(
         concurrency=wanted.concurrency_limit,
         rate=_rate(wanted.rate_limit),

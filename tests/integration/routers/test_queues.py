@@ -162,3 +162,11 @@ async def test_without_redis_only_the_depth_is_not_known(serve: Serve, api_setti
             await submitted(api)
             found = await read(api)
     assert (found["depth"], found["held"], found["paused"]) == (None, 1, True)
+
+
+async def test_limits_are_not_taken_away_by_a_body_that_was_forgotten(api: httpx.AsyncClient) -> None:
+    await api.put("/api/queues/default/limits", json={"concurrency_limit": 3})
+    assert_problem(await api.put("/api/queues/default/limits"), 422, "")
+    assert (await read(api))["concurrency_limit"] == 3
+    assert (await api.put("/api/queues/default/limits", json={})).status_code == 200
+    assert (await read(api))["concurrency_limit"] is None

@@ -104,12 +104,12 @@ image: ## Build the image IMAGE (taskqueue:dev) with BUILDER (docker, podman, bu
 	@$(BUILDER) build --tag $(IMAGE) --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
 	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) .
 
-.PHONY: test-charts
-test-charts: $(VENV)/.dev ## Render the chart with helm, and look at what comes out
+.PHONY: test-chart
+test-chart: $(VENV)/.dev ## Render the chart with helm, and look at what comes out
 	@exec $(BIN)/python -m pytest tests/charts $(PYTEST_ARGS)
 
-.PHONY: test-cluster
-test-cluster: $(VENV)/.dev ## Install IMAGE with the chart on the cluster of KUBECONFIG, and use it
+.PHONY: test-e2e
+test-e2e: $(VENV)/.dev ## Install IMAGE with the chart on the cluster of KUBECONFIG, and use it
 	@E2E_IMAGE=$(IMAGE) exec $(BIN)/python -m pytest tests/e2e -p no:randomly $(PYTEST_ARGS)
 
 ##@ Rarely

@@ -18,7 +18,13 @@ OLDEST_KUBERNETES = "1.30.0"
 
 @pytest.fixture(scope="module", params=VALUES, ids=lambda file: str(file.name).removesuffix("-values.yaml"))
 def objects(request: pytest.FixtureRequest) -> list[Object]:
-    return rendering.render({}, request.param)
+    return rendering.way(str(request.param.name).removesuffix("-values.yaml"))
+
+
+def ours(pod: Object) -> Object:
+    """The container of a pod that runs one of our processes; others may stand beside it."""
+    [found] = [one for one in pod["containers"] if one["name"] in {"api", "relay", "worker"}]
+    return dict(found)
 
 
 @pytest.mark.parametrize("file", VALUES, ids=lambda file: str(file.name))
@@ -57,14 +63,18 @@ def test_everything_that_serves_has_the_three_probes_and_its_resources(objects: 
     for name, pod in rendering.pods(objects):
         for container in pod["containers"]:
             probes = {"startupProbe", "livenessProbe", "readinessProbe"} & set(container)
-            assert len(probes) == (0 if container["name"] in {"migrate", "test"} else 3), name
+            if container["name"] in {"api", "relay", "worker", "redis", "postgresql"}:
+                assert len(probes) == 3, name
     for name, container in rendering.containers(objects):
-        assert set(container["resources"]["requests"]) == {"cpu", "memory"}, name
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"]), name
         assert "memory" in container["resources"]["limits"], name
 
 
 def test_no_secret_stands_in_a_pod(objects: list[Object]) -> None:
-    secret = {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "TASKQUEUE_WEBHOOK_SECRET", "TASKQUEUE_SECRET_KEY"}
+    secret = {
+        *("POSTGRES_PASSWORD", "REDIS_PASSWORD", "TASKQUEUE_WEBHOOK_SECRET", "TASKQUEUE_SECRET_KEY"),
+        *("BOOTSTRAP_KEY", "TASKQUEUE_API_KEY"),
+    }
     for name, container in rendering.containers(objects):
         for variable in container.get("env", []):
             if variable["name"] in secret:
@@ -83,16 +93,33 @@ def test_what_serves_waits_for_the_tables_before_it_starts(objects: list[Object]
         assert {"DATABASE_URL", "REDIS_URL", "TASKQUEUE_AUTH_MODE"} <= set(rendering.environment(first)), name
 
 
-def test_the_migration_is_a_plain_job(objects: list[Object]) -> None:
+def test_the_migration_is_a_plain_job_and_comes_first_in_it(objects: list[Object]) -> None:
     [job] = of_kind(objects, "Job").values()
     assert "helm.sh/hook" not in job["metadata"].get("annotations", {})
-    assert job["spec"]["template"]["spec"]["containers"][0]["args"][0] == "migrate"
+    first, *others = [container["args"][0] for _, container in rendering.containers([job])]
+    assert first == "migrate"
+    assert others in ([], ["keys"])
+
+
+def test_each_process_gets_the_secrets_it_needs_and_no_other(objects: list[Object]) -> None:
+    keys = {"TASKQUEUE_SECRET_KEY", "TASKQUEUE_WEBHOOK_SECRET", "TASKQUEUE_API_KEY", "BOOTSTRAP_KEY"}
+    needed = {
+        "api": {"TASKQUEUE_SECRET_KEY", "TASKQUEUE_WEBHOOK_SECRET"},
+        "relay": {"TASKQUEUE_SECRET_KEY", "TASKQUEUE_WEBHOOK_SECRET"},
+        "bootstrap-key": {"TASKQUEUE_SECRET_KEY", "BOOTSTRAP_KEY"},
+        "test": {"TASKQUEUE_API_KEY"},
+    }
+    for name, container in rendering.containers(objects):
+        given = keys & set(rendering.environment(container))
+        assert given in (needed.get(container["name"], set()), set()), name
+        if container["name"] in {"api", "relay", "worker"}:
+            assert given == needed.get(container["name"], set()), name
 
 
 def test_a_pod_is_given_longer_to_end_than_its_process_takes(objects: list[Object]) -> None:
     for name, deployment in of_kind(objects, "Deployment").items():
         pod = deployment["spec"]["template"]["spec"]
-        [container] = pod["containers"]
+        container = ours(pod)
         drain = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         grace = float(rendering.environment(container)["TASKQUEUE_GRACE_SECONDS"])
         assert drain + grace < pod["terminationGracePeriodSeconds"] <= drain + grace + 10, name
@@ -129,7 +156,10 @@ def test_selectors_find_their_own_pods_and_no_others(objects: list[Object]) -> N
         for name, one in of_kind(objects, kind).items():
             assert found(one["spec"]["selector"]["matchLabels"]) == {name}
     for name, service in of_kind(objects, "Service").items():
-        assert found(service["spec"]["selector"]) == {name.removesuffix("-headless")}
+        if name != f"{rendering.PREFIX}-metrics":
+            assert found(service["spec"]["selector"]) == {name.removesuffix("-headless")}
+    for name, budget in of_kind(objects, "PodDisruptionBudget").items():
+        assert found(budget["spec"]["selector"]["matchLabels"]) == {name}
 
 
 def test_ports_that_are_named_are_there(objects: list[Object]) -> None:
@@ -144,6 +174,10 @@ def test_ports_that_are_named_are_there(objects: list[Object]) -> None:
             {port["name"] for port in container.get("ports", [])} for _, container in rendering.containers(objects)
         ]
         assert any(wanted <= ports for ports in serving)
+    for policy in of_kind(objects, "NetworkPolicy").values():
+        rules = [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]
+        wanted = {port["port"] for rule in rules for port in rule.get("ports", []) if isinstance(port["port"], str)}
+        assert wanted <= set().union(*serving), policy["metadata"]["name"]
 
 
 def test_names_fit_whatever_the_release_is_called() -> None:
@@ -165,12 +199,18 @@ def test_the_chart_installs_the_release_that_it_lies_beside() -> None:
 
 
 def test_every_value_stands_in_the_schema_and_the_reverse() -> None:
+    def compare(place: str, schema: dict[str, Any], values: dict[str, Any]) -> None:
+        assert set(schema["properties"]) == set(values), place
+        for name, part in schema["properties"].items():
+            if part.get("additionalProperties") is False and isinstance(values[name], dict) and "properties" in part:
+                compare(f"{place}.{name}", part, values[name])
+
     for chart in (CHART, CHART / "charts" / "redis", CHART / "charts" / "postgresql"):
         values = yaml.safe_load((chart / "values.yaml").read_text())
         schema = yaml.safe_load((chart / "values.schema.json").read_text())
-        implied = {"global"} | ({"enabled"} if chart != CHART else set())
-        assert set(schema["properties"]) - implied == set(values), chart.name
-        for name, part in schema["properties"].items():
-            if part.get("additionalProperties") is False and isinstance(values.get(name), dict):
-                optional = {"default"} if name == "workers" else set()
-                assert set(part["properties"]) - optional == set(values[name]), f"{chart.name}: {name}"
+        # What a chart gets from the one around it.
+        implied = {} if chart == CHART else {"global": {}, "enabled": True}
+        compare(chart.name, schema, implied | values)
+    schema = yaml.safe_load((CHART / "values.schema.json").read_text())
+    pool = schema["properties"]["workers"]["additionalProperties"]["properties"]
+    assert set(pool) - {"queues"} == set(schema["properties"]["workerDefaults"]["properties"])

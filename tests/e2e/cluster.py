@@ -1,5 +1,6 @@
 """A namespace of a cluster, and the chart in it, by way of kubectl and helm as people use them."""
 
+import base64
 import contextlib
 import json
 import os
@@ -98,6 +99,10 @@ class Release:
             one["metadata"]["name"]: one["data"] for one in self.get("secrets") if not one["type"].startswith("helm.sh")
         }
 
+    def key(self) -> str:
+        """The API key that the release came with."""
+        return base64.b64decode(self.secrets()["tq-taskqueue"]["api-key"]).decode()
+
     @contextlib.contextmanager
     def api(self) -> Iterator[httpx.Client]:
         """A client of the API's Service, forwarded to a free port of this machine."""
@@ -108,7 +113,8 @@ class Release:
                 line = forwarding.stdout.readline()
                 found = re.search(r"127\.0\.0\.1:(\d+) ->", line)
                 assert found is not None, line
-                with httpx.Client(base_url=f"http://127.0.0.1:{found.group(1)}", timeout=30) as client:
+                headers = {"authorization": f"Bearer {self.key()}"}
+                with httpx.Client(base_url=f"http://127.0.0.1:{found[1]}", headers=headers, timeout=30) as client:
                     yield client
             finally:
                 forwarding.terminate()

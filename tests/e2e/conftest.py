@@ -1,6 +1,6 @@
 """The chart on a real cluster: the one that KUBECONFIG names, with the image E2E_IMAGE on its nodes.
 
-These are run by name alone (`make test-cluster`): `make test` needs no cluster.
+These are run by name alone (`make test-e2e`): `make test` needs no cluster.
 """
 
 from collections.abc import Iterator

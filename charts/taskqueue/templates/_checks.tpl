@@ -8,6 +8,14 @@
 {{- if not $pool.queues -}}
 {{- $wrong = append $wrong (printf "workers.%s.queues: name at least one queue" $name) -}}
 {{- end -}}
+{{- if and (ne $pool.autoscaling.by "none") (gt $pool.autoscaling.minReplicas $pool.autoscaling.maxReplicas) -}}
+{{- $wrong = append $wrong (printf "workers.%s.autoscaling: minReplicas is more than maxReplicas" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.api.autoscaling -}}
+{{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) -}}
+{{- $wrong = append $wrong "api.autoscaling: minReplicas is more than maxReplicas" -}}
+{{- end -}}
 {{- end -}}
 {{- range $one := list (list "redis" "externalRedis") (list "postgresql" "externalDatabase") -}}
 {{- $own := index $.Values (index $one 0) -}}
@@ -21,12 +29,32 @@
 {{- $wrong = append $wrong (printf "%s: set either url or existingSecret" (index $one 1)) -}}
 {{- end -}}
 {{- end -}}
-{{- if .Values.postgresql.enabled -}}
-{{- $needed := include "taskqueue.connections" . | int -}}
-{{- $offered := .Values.postgresql.maxConnections | int -}}
-{{- if gt $needed $offered -}}
-{{- $wrong = append $wrong (printf "postgresql.maxConnections: %d do not do, these pods may open %d; raise it, or have fewer of them" $offered $needed) -}}
+{{- if and (include "taskqueue.kedaPools" .) .Values.externalRedis.existingSecret (not .Values.externalRedis.keda.address) -}}
+{{- $wrong = append $wrong "externalRedis.keda.address: KEDA needs it, since it takes no URL" -}}
 {{- end -}}
+{{- with .Values.ingress -}}
+{{- if and .enabled (not .hosts) -}}
+{{- $wrong = append $wrong "ingress.hosts: name at least one" -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.httpRoute -}}
+{{- if and .enabled (not .parentRefs) -}}
+{{- $wrong = append $wrong "httpRoute.parentRefs: name at least one Gateway" -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.metrics -}}
+{{- if and .podMonitor.enabled .serviceMonitor.enabled -}}
+{{- $wrong = append $wrong "metrics: every pod would be scraped twice with both podMonitor and serviceMonitor" -}}
+{{- end -}}
+{{- if and .prometheusRule.enabled (not .prometheusRule.groups) (not ($.Files.Glob "rules/*.yaml")) -}}
+{{- $wrong = append $wrong "metrics.prometheusRule.groups: there is none" -}}
+{{- end -}}
+{{- end -}}
+{{- $needed := include "taskqueue.connections" . | int -}}
+{{- $offered := ternary .Values.postgresql.maxConnections .Values.externalDatabase.maxConnections .Values.postgresql.enabled -}}
+{{- if and $offered (gt $needed (int $offered)) -}}
+{{- $place := ternary "postgresql" "externalDatabase" .Values.postgresql.enabled -}}
+{{- $wrong = append $wrong (printf "%s.maxConnections: %d do not do, these pods may open %d; raise it, have fewer of them, or put PgBouncer between (see the README)" $place (int $offered) $needed) -}}
 {{- end -}}
 {{- if $wrong -}}
 {{- fail (printf "\n\nThese values are wrong:\n- %s\n" (join "\n- " $wrong)) -}}
@@ -34,11 +62,14 @@
 {{- end -}}
 
 {{/* How many connections to Postgres may be open at once. In a rollout each workload has one pod more. An API may
-     open 10, a relay 8, a worker one for each child and one for its keeper; 5 are for migrations and people. */}}
+     open 10, a relay 8, a worker one for each child and one for its keeper, and KEDA 2 for a pool; 5 are for
+     migrations and people. */}}
 {{- define "taskqueue.connections" -}}
-{{- $sum := add 5 (mul 10 (add 1 .Values.api.replicas)) (mul 8 (add 1 .Values.relay.replicas)) -}}
+{{- $apis := include "taskqueue.mostApis" . | int -}}
+{{- $sum := add 5 (mul 10 (add 1 $apis)) (mul 8 (add 1 .Values.relay.replicas)) -}}
 {{- range (include "taskqueue.pools" . | fromJson) -}}
-{{- $sum = add $sum (mul (add 1 .replicas) (add 1 .concurrency)) -}}
+{{- $workers := include "taskqueue.mostWorkers" . | int -}}
+{{- $sum = add $sum (mul (add 1 $workers) (add 1 .concurrency)) (ternary 2 0 (eq .autoscaling.by "keda")) -}}
 {{- end -}}
 {{- $sum -}}
 {{- end -}}

@@ -1,3 +1,14 @@
+{{/* Where Postgres is for the migration: never behind PgBouncer. */}}
+{{- define "taskqueue.directEnv" -}}
+{{- if and (not .Values.postgresql.enabled) .Values.externalDatabase.existingSecret .Values.externalDatabase.directKey -}}
+{{- $values := deepCopy .Values -}}
+{{- $_ := set $values.externalDatabase "key" .Values.externalDatabase.directKey -}}
+{{- include "taskqueue.connectionEnv" (merge (dict "Values" $values) (omit . "Values")) -}}
+{{- else -}}
+{{- include "taskqueue.connectionEnv" . -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Where Postgres is. The kubelet puts the password into the URL, so that it stands in no manifest. */}}
 {{- define "taskqueue.databaseEnv" -}}
 {{- if .Values.postgresql.enabled }}
@@ -46,15 +57,13 @@
 {{- include "taskqueue.redisEnv" . }}
 - name: TASKQUEUE_AUTH_MODE
   value: {{ .Values.config.authMode | quote }}
-{{- if eq .Values.config.authMode "api-key" }}
-{{- include "taskqueue.secretKeyEnv" . }}
-{{- end }}
 - name: TASKQUEUE_LOG_LEVEL
   value: {{ .Values.config.logLevel | quote }}
 - name: TASKQUEUE_LOG_FORMAT
   value: json
 {{- end -}}
 
+{{/* What stored secrets and API keys are kept with. */}}
 {{- define "taskqueue.secretKeyEnv" }}
 - name: TASKQUEUE_SECRET_KEY
   valueFrom:
@@ -70,9 +79,7 @@
 - name: TASKQUEUE_WEBHOOK_SECRET
   valueFrom:
     secretKeyRef: {name: {{ include "taskqueue.secretName" .root }}, key: webhook-secret}
-{{- if ne $values.config.authMode "api-key" }}
 {{- include "taskqueue.secretKeyEnv" .root }}
-{{- end }}
 {{- end }}
 - name: TASKQUEUE_QUEUES
   value: {{ .queues | quote }}
@@ -91,6 +98,18 @@
   value: {{ .maxBacklog | int64 | quote }}
 - name: TASKQUEUE_SAMPLE_TASKS
   value: {{ .sampleTasks | quote }}
+{{- if and .taskMemoryMebibytes (eq $.component "worker") }}
+- name: TASKQUEUE_TASK_MEMORY_MEBIBYTES
+  value: {{ .taskMemoryMebibytes | int | quote }}
+{{- end }}
+{{- if eq $.component "api" }}
+- name: TASKQUEUE_PUBLIC_DOCS
+  value: {{ .publicDocs | quote }}
+{{- range $budget, $requests := .rateLimits }}
+- name: TASKQUEUE_RATE_LIMIT_{{ upper $budget }}
+  value: {{ int64 $requests | quote }}
+{{- end }}
+{{- end }}
 {{- with .taskModules }}
 - name: TASKQUEUE_TASK_MODULES
   value: {{ join "," . | quote }}
@@ -101,7 +120,7 @@
   value: {{ .payload | quote }}
 - name: TASKQUEUE_WEBHOOK_ALLOW_PRIVATE
   value: {{ .allowPrivate | quote }}
-{{- with .allowedOrigins }}
+{{- with concat .allowedOrigins (include "taskqueue.testOrigin" $.root | fromJsonArray) | uniq }}
 - name: TASKQUEUE_WEBHOOK_ALLOWED_ORIGINS
   value: {{ join "," . | quote }}
 {{- end }}
@@ -118,10 +137,37 @@
   value: "8000"
 - name: TASKQUEUE_METRICS_PORT
   value: "9100"
-{{- with $values.extraEnv }}
-{{ toYaml . }}
+{{- with .settings.trustedProxies }}
+- name: FORWARDED_ALLOW_IPS
+  value: {{ join "," . | quote }}
 {{- end }}
-{{- with .settings.extraEnv }}
-{{ toYaml . }}
+{{- with concat $values.extraEnv (default list .settings.extraEnv) }}
+{{ tpl (toYaml .) $.root }}
 {{- end }}
+{{- end -}}
+
+{{/* Where the receiver of `helm test` is, as a JSON array of that origin, or of none. */}}
+{{- define "taskqueue.testOrigin" -}}
+{{- if eq (include "taskqueue.tested" .) "true" -}}
+{{- printf "http://%s-test:8080" (include "taskqueue.fullname" .) | list | toJson -}}
+{{- else -}}
+[]
+{{- end -}}
+{{- end -}}
+
+{{/* Whether the release comes with an API key. */}}
+{{- define "taskqueue.bootstrapped" -}}
+{{- and (eq .Values.config.authMode "api-key") .Values.bootstrapKey.enabled -}}
+{{- end -}}
+
+{{/* Whether there is a `helm test`: with API keys it needs one. */}}
+{{- define "taskqueue.tested" -}}
+{{- and .Values.helmTest.enabled (or (eq .Values.config.authMode "none") .Values.bootstrapKey.enabled) -}}
+{{- end -}}
+
+{{/* The bootstrap key, under the name by which it is asked for. Takes root and name. */}}
+{{- define "taskqueue.apiKeyEnv" }}
+- name: {{ .name }}
+  valueFrom:
+    secretKeyRef: {name: {{ include "taskqueue.secretName" .root }}, key: api-key}
 {{- end -}}

@@ -10,11 +10,17 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Takes root, component and settings: a pool may have an account that others made. */}}
 {{- define "taskqueue.serviceAccountName" -}}
-{{- if .Values.serviceAccount.create -}}
-{{- default (include "taskqueue.fullname" .) .Values.serviceAccount.name -}}
+{{- $account := .root.Values.serviceAccount -}}
+{{- if .settings.serviceAccountName -}}
+{{- .settings.serviceAccountName -}}
+{{- else if $account.name -}}
+{{- $account.name -}}
+{{- else if $account.create -}}
+{{- printf "%s-%s" (include "taskqueue.fullname" .root) .component -}}
 {{- else -}}
-{{- default "default" .Values.serviceAccount.name -}}
+default
 {{- end -}}
 {{- end -}}
 
@@ -24,6 +30,7 @@
 
 {{/* What is written beside the image: a digest wins over a tag. */}}
 {{- define "taskqueue.image" -}}
+{{- with .Values.global.imageRegistry }}{{ trimSuffix "/" . }}/{{ end -}}
 {{- with .Values.image -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ default $.Chart.AppVersion .tag }}{{- end -}}
 {{- end -}}
@@ -47,6 +54,16 @@ taskqueue/pool: {{ . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 }}
+{{- with .root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The annotations of an object, as a line of its metadata, if there are any. Takes root and own. */}}
+{{- define "taskqueue.annotations" -}}
+{{- with merge (deepCopy (default dict .own)) .root.Values.commonAnnotations }}
+  annotations: {{- toYaml . | nindent 4 }}
+{{- end }}
 {{- end -}}
 
 {{/* Every pool of workers with what it inherits, as JSON: the one place where this is decided. */}}

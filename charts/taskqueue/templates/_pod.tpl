@@ -1,24 +1,30 @@
-{{/* What every container of ours has in common. Takes root. */}}
+{{/* What every container of ours has in common. Takes root and settings. */}}
 {{- define "taskqueue.container" -}}
 image: {{ include "taskqueue.image" .root | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+{{- with concat .root.Values.extraEnvFrom (default list .settings.extraEnvFrom) }}
+envFrom: {{- tpl (toYaml .) $.root | nindent 2 }}
+{{- end }}
 securityContext: {{- toYaml .root.Values.containerSecurityContext | nindent 2 }}
 volumeMounts:
   - {name: data, mountPath: /var/lib/taskqueue}
   - {name: tmp, mountPath: /tmp}
+  {{- with concat .root.Values.extraVolumeMounts (default list .settings.extraVolumeMounts) }}
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
-{{/* What every pod of ours has in common. Takes root and settings. */}}
+{{/* What every pod of ours has in common. Takes root, component and settings. */}}
 {{- define "taskqueue.pod" -}}
-serviceAccountName: {{ include "taskqueue.serviceAccountName" .root }}
+serviceAccountName: {{ include "taskqueue.serviceAccountName" . }}
 automountServiceAccountToken: false
 # A Service called taskqueue-metrics would otherwise set TASKQUEUE_METRICS_PORT.
 enableServiceLinks: false
 securityContext: {{- toYaml .root.Values.podSecurityContext | nindent 2 }}
-{{- with .root.Values.imagePullSecrets }}
+{{- with concat .root.Values.global.imagePullSecrets .root.Values.imagePullSecrets | uniq }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- range $name := list "nodeSelector" "tolerations" "affinity" "priorityClassName" }}
+{{- range $name := list "nodeSelector" "tolerations" "affinity" "priorityClassName" "dnsConfig" }}
 {{- with index $.settings $name }}
 {{ $name }}: {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
@@ -26,6 +32,9 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 volumes:
   - {name: data, emptyDir: {}}
   - {name: tmp, emptyDir: {}}
+  {{- with concat .root.Values.extraVolumes (default list .settings.extraVolumes) }}
+  {{- tpl (toYaml .) $.root | nindent 2 }}
+  {{- end }}
 {{- end -}}
 
 {{/* The pod template of a process that serves until it is told to stop.
@@ -46,20 +55,20 @@ metadata:
     {{- end }}
 spec:
   {{- include "taskqueue.pod" . | nindent 2 }}
-  # Rather on different nodes, but rather together than not at all.
   topologySpreadConstraints:
+    {{- with .settings.topologySpreadConstraints }}
+    {{- tpl (toYaml .) $.root | nindent 4 }}
+    {{- else }}
+    # Rather on different nodes, but rather together than not at all.
     - maxSkew: 1
       topologyKey: kubernetes.io/hostname
       whenUnsatisfiable: ScheduleAnyway
       labelSelector:
         matchLabels: {{- include "taskqueue.selector" . | nindent 10 }}
+    {{- end }}
   terminationGracePeriodSeconds: {{ add .settings.graceSeconds (default 0 .settings.drainSeconds) 5 }}
   initContainers:
-    - name: wait-for-schema
-      args: [migrate, --check, --patience, "600"]
-      env: {{- include "taskqueue.connectionEnv" .root | trim | nindent 8 }}
-      resources: {{- toYaml .root.Values.migrate.resources | nindent 8 }}
-      {{- include "taskqueue.container" . | nindent 6 }}
+    {{- include "taskqueue.waitForSchema" . | nindent 4 }}
   containers:
     - name: {{ .component }}
       args: [{{ .component }}]
@@ -67,6 +76,18 @@ spec:
       resources: {{- toYaml .settings.resources | nindent 8 }}
       {{- .specifics | nindent 6 }}
       {{- include "taskqueue.container" . | nindent 6 }}
+    {{- with .settings.extraContainers }}
+    {{- tpl (toYaml .) $.root | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{/* Nothing of ours starts on tables that are not there yet. Takes root and settings. */}}
+{{- define "taskqueue.waitForSchema" -}}
+- name: wait-for-schema
+  args: [migrate, --check, --patience, "600"]
+  env: {{- include "taskqueue.connectionEnv" .root | trim | nindent 4 }}
+  resources: {{- toYaml .root.Values.migrate.resources | nindent 4 }}
+  {{- include "taskqueue.container" . | nindent 2 }}
 {{- end -}}
 
 {{/* Probes that look at a file which the process touches while it works. Takes root and component. An exec that
@@ -99,18 +120,19 @@ livenessProbe:
 {{- list .Values.secrets .Values.externalRedis .Values.externalDatabase .Values.redis.auth .Values.postgresql.auth | toJson -}}
 {{- end -}}
 
-{{/* Nodes are drained one pod of a workload at a time. One that has a single pod must not hold up a drain.
-     Takes root, component, pool, settings and name. */}}
+{{/* Nodes are drained some pods of a workload at a time. One that has a single pod must not hold up a drain.
+     Takes root, component, pool, settings, name and most: how many pods there may be. */}}
 {{- define "taskqueue.disruptionBudget" -}}
-{{- if gt (int .settings.replicas) 1 }}
+{{- if and (gt (int .most) 1) .settings.disruptionBudget }}
 ---
 apiVersion: policy/v1
 kind: PodDisruptionBudget
 metadata:
   name: {{ .name }}
   labels: {{- include "taskqueue.labels" . | nindent 4 }}
+  {{- include "taskqueue.annotations" . }}
 spec:
-  maxUnavailable: 1
+  {{- toYaml .settings.disruptionBudget | nindent 2 }}
   # A pod that does not work anyway may go.
   unhealthyPodEvictionPolicy: AlwaysAllow
   selector:

@@ -7,6 +7,7 @@
 {{- end -}}
 
 {{- define "redis.image" -}}
+{{- with (default dict .Values.global).imageRegistry }}{{ trimSuffix "/" . }}/{{ end -}}
 {{- with .Values.image -}}
 {{- if .digest -}}{{ .repository }}@{{ .digest }}{{- else -}}{{ .repository }}:{{ .tag }}{{- end -}}
 {{- end -}}

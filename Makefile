@@ -108,6 +108,12 @@ image: ## Build the image IMAGE (taskqueue:dev) with BUILDER (docker, podman, bu
 test-chart: $(VENV)/.dev ## Render the chart with helm, and look at what comes out
 	@exec $(BIN)/python -m pytest tests/charts $(PYTEST_ARGS)
 
+.PHONY: k8s
+k8s: $(VENV)/.dev ## Write k8s/base and k8s/keda, and the README of the chart, anew
+	@$(BIN)/python -m tests.charts.plain
+	@cd charts/taskqueue && helm-docs --log-level warning --chart-search-root . --chart-to-generate . \
+	  || echo "helm-docs is not there: the README of the chart stays as it is"
+
 .PHONY: test-e2e
 test-e2e: $(VENV)/.dev ## Install IMAGE with the chart on the cluster of KUBECONFIG, and use it
 	@E2E_IMAGE=$(IMAGE) exec $(BIN)/python -m pytest tests/e2e -p no:randomly $(PYTEST_ARGS)
@@ -141,7 +147,7 @@ requirements: $(VENV)/.python ## Compile the hash-pinned requirement files anew
 help: ## List the targets
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	  /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # The virtual environment. Its stamps say what is in it: .python (itself), .embedded (what `make run`
 # needs), .dev (that and the tools). One environment serves both and only grows, so nothing that is

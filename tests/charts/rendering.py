@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "taskqueue"
 VALUES = sorted((CHART / "ci").glob("*-values.yaml"))
 """What the chart is rendered with: each file is one way to install it."""
+WAYS = [file.name.removesuffix("-values.yaml") for file in VALUES]
+"""What they are called."""
 KUBERNETES = "1.34.0"
 RELEASE = "demo"
 NAMESPACE = "somewhere"
@@ -64,9 +66,15 @@ def render(values: Mapping[str, object] | None = None, *files: Path, kubernetes:
 
 
 @cache
+def way_text(name: str) -> str:
+    """The manifest of one way to install the chart: `ci/<name>-values.yaml`."""
+    return text({}, CHART / "ci" / f"{name}-values.yaml")
+
+
+@cache
 def way(name: str) -> list[Object]:
-    """The objects of one way to install the chart: `ci/<name>-values.yaml`."""
-    return render({}, CHART / "ci" / f"{name}-values.yaml")
+    """Its objects."""
+    return loaded(way_text(name))
 
 
 def loaded(manifest: str) -> list[Object]:

@@ -11,14 +11,14 @@ import yaml
 import app
 from app.core import config
 from tests.charts import rendering
-from tests.charts.rendering import CHART, ROOT, VALUES, Object, of_kind
+from tests.charts.rendering import CHART, ROOT, VALUES, WAYS, Object, of_kind
 
 OLDEST_KUBERNETES = "1.30.0"
 
 
-@pytest.fixture(scope="module", params=VALUES, ids=lambda file: str(file.name).removesuffix("-values.yaml"))
+@pytest.fixture(scope="module", params=WAYS)
 def objects(request: pytest.FixtureRequest) -> list[Object]:
-    return rendering.way(str(request.param.name).removesuffix("-values.yaml"))
+    return rendering.way(request.param)
 
 
 def ours(pod: Object) -> Object:

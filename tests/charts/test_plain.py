@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from functools import cache
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from tests.charts.plain import K8S
 from tests.charts.rendering import Object, of_kind
 
 
+@cache
 def built(overlay: str) -> list[Object]:
     """The objects of an overlay."""
     if shutil.which("kubectl") is None:

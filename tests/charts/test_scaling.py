@@ -25,7 +25,7 @@ def test_by_default_nothing_scales_and_replicas_are_said() -> None:
     assert all("replicas" in one["spec"] for one in of_kind(objects, "Deployment").values())
 
 
-@pytest.mark.parametrize("way", [one.name.removesuffix("-values.yaml") for one in rendering.VALUES])
+@pytest.mark.parametrize("way", rendering.WAYS)
 def test_replicas_are_said_if_and_only_if_nothing_else_decides_them(way: str) -> None:
     objects = rendering.way(way)
     scalers = [*of_kind(objects, "HorizontalPodAutoscaler").values(), *of_kind(objects, "ScaledObject").values()]

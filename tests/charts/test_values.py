@@ -209,7 +209,7 @@ def test_no_password_stands_on_a_command_line() -> None:
         ({"secrets": {"apiKey": "tq_live_short"}}, "at '/secrets/apiKey'"),
         ({"bootstrapKey": {"scopes": ["all"]}}, "at '/bootstrapKey/scopes/0'"),
         ({"networkPolicy": {"enabled": "yes"}}, "at '/networkPolicy/enabled': got string, want boolean"),
-        ({"global": {"registry": "r"}}, "additional properties 'registry' not allowed"),
+        ({"global": {"imageRegistry": 5}}, "at '/global/imageRegistry': got number, want string"),
         ({"webhooks": {"allowedOrigins": ["receiver"]}}, "at '/webhooks/allowedOrigins/0'"),
     ],
 )

@@ -8,7 +8,8 @@ import re
 import secrets
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -62,15 +63,19 @@ class Release:
         found: list[dict[str, Any]] = json.loads(self.kubectl("get", *words, "--output=json"))["items"]
         return found
 
-    def install(self) -> float:
-        """Install or upgrade, and wait until everything is ready. Returns how many seconds that took."""
-        repository, _, tag = IMAGE.rpartition(":")
-        image = {"image": {"repository": repository, "tag": tag}}
+    def install(self, values: Mapping[str, object] = MappingProxyType({}), image: str = IMAGE) -> float:
+        """Install or upgrade, and wait until everything is ready. Returns how many seconds that took.
+
+        Args:
+            values: win over `VALUES`, top by top.
+            image: what all processes of ours run.
+        """
+        repository, _, tag = image.rpartition(":")
         began = time.monotonic()
         run(
             *("helm", "upgrade", "--install", "tq", str(CHART), "--namespace", self.namespace),
             *("--wait", "--wait-for-jobs", "--timeout", f"{START_SECONDS}s", "--values", "-"),
-            stdin=json.dumps({**VALUES, **image}),
+            stdin=json.dumps({**VALUES, **values, "image": {"repository": repository, "tag": tag}}),
         )
         return time.monotonic() - began
 
@@ -92,6 +97,16 @@ class Release:
             pod["metadata"]["name"]: sum(one["restartCount"] for one in pod["status"].get("containerStatuses", []))
             for pod in self.get("pods")
         }
+
+    def ask_database(self, query: str) -> list[list[str]]:
+        """The rows of a query, each the texts of its columns."""
+        psql = ("psql", "--username=taskqueue", "--tuples-only", "--no-align", "--field-separator=\t", "--command")
+        said = self.kubectl("exec", "tq-postgresql-0", "--", *psql, query)
+        return [line.split("\t") for line in said.splitlines()]
+
+    def verified(self) -> str:
+        """What `taskqueue verify` says. It must find nothing."""
+        return self.kubectl("exec", "deployment/tq-taskqueue-api", "--container=api", "--", "taskqueue", "verify")
 
     def secrets(self) -> dict[str, dict[str, str]]:
         """The data of every Secret but helm's own, by name."""
@@ -146,6 +161,12 @@ def submit(api: httpx.Client, **fields: object) -> str:
     answer = api.post("/api/tasks/submit", json=fields)
     assert answer.status_code == 202, answer.text
     return str(answer.json()["task_id"])
+
+
+def submit_many(api: httpx.Client, tasks: Sequence[Mapping[str, object]]) -> list[str]:
+    answer = api.post("/api/tasks/batch", json={"tasks": tasks})
+    assert answer.status_code == 202, answer.text
+    return [str(one) for one in answer.json()["task_ids"]]
 
 
 def status(api: httpx.Client, task_id: str) -> str:

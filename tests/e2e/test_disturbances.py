@@ -1,0 +1,97 @@
+"""A release that is upgraded, restarted and robbed of its pods while tasks flow: what was acknowledged ends."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Self
+
+import pytest
+
+from tests.charts.rendering import ROOT
+from tests.e2e.cluster import IMAGE, Release, a_namespace
+from tests.support.waiting import lasting, wait_until
+
+MANIFEST = ROOT / "tests" / "e2e" / "flow.yaml"
+RATE = 5
+SETTLE_SECONDS = 180
+VALUES = {"api": {"graceSeconds": 10, "replicas": 2}, "relay": {"graceSeconds": 10, "replicas": 2}}
+
+
+class Flow:
+    """A pod that submits some tasks a second, as a caller in the cluster, for as long as the block lasts."""
+
+    def __init__(self, release: Release) -> None:
+        self._release = release
+        self._manifest = MANIFEST.read_text().replace("IMAGE", IMAGE).replace("RATE", str(RATE))
+        self.accepted: list[str] = []
+        """The ids of the tasks that were acknowledged, once the block has ended."""
+        self.errors: list[tuple[float, str]] = []
+        """When (Unix time) and what."""
+
+    def __enter__(self) -> Self:
+        self._release.kubectl("apply", "--filename=-", stdin=self._manifest)
+        self._release.kubectl("wait", "pod/flow", "--for=condition=Ready", "--timeout=60s")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        said = [json.loads(line) for line in self._release.kubectl("logs", "flow").splitlines()]
+        self._release.kubectl("delete", "--filename=-", "--grace-period=1", stdin=self._manifest)
+        self.accepted = [one["accepted"] for one in said if "accepted" in one]
+        self.errors = [(one["at"], one["error"]) for one in said if "error" in one]
+
+
+@pytest.fixture(scope="module")
+def steady() -> Iterator[Release]:
+    """A release with two of what may be two."""
+    with a_namespace() as namespace:
+        installed = Release(namespace)
+        installed.install(VALUES)
+        yield installed
+
+
+def all_end(release: Release, flow: Flow) -> None:
+    """Every task that was acknowledged ends well, and nothing else is in the database."""
+    unfinished = "SELECT count(*) FROM task WHERE finished_at IS NULL"
+    wait_until(lambda: release.ask_database(unfinished) == [["0"]], SETTLE_SECONDS, "the end of all tasks")
+    ended = dict(release.ask_database("SELECT id, status FROM task"))
+    assert flow.accepted
+    assert [one for one in flow.accepted if ended.get(one) != "SUCCESS"] == []
+    release.verified()
+
+
+def settled(release: Release) -> None:
+    for kind in ("deployments", "statefulsets"):
+        for one in release.get(kind):
+            release.kubectl("rollout", "status", f"{one['kind']}/{one['metadata']['name']}", "--timeout=180s")
+
+
+@pytest.mark.timeout(600)
+def test_an_upgrade_and_a_restart_of_everything_of_ours_are_not_noticed(steady: Release) -> None:
+    with Flow(steady) as flow:
+        lasting(3)
+        steady.install({**VALUES, "config": {"sampleTasks": True, "logLevel": "WARNING"}})
+        steady.kubectl("rollout", "restart", "deployment")
+        settled(steady)
+        lasting(3)
+    all_end(steady, flow)
+    print(f"accepted {len(flow.accepted)}, errors {flow.errors}")  # noqa: T201  # a figure to report
+    assert flow.errors == []
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("component", ["redis", "worker", "relay", "postgresql"])
+def test_a_pod_that_is_torn_out_costs_no_task(steady: Release, component: str) -> None:
+    key = "app.kubernetes.io/" + ("name" if component in {"redis", "postgresql"} else "component")
+    with Flow(steady) as flow:
+        lasting(3)
+        torn = time.time()
+        steady.kubectl("delete", "pod", f"--selector={key}={component}", "--grace-period=0", "--force")
+        settled(steady)
+        back = time.time()
+        lasting(5)
+    all_end(steady, flow)
+    print(f"{component}: back after {back - torn:.1f} s, accepted {len(flow.accepted)}, errors {len(flow.errors)}")  # noqa: T201  # figures to report
+    if component != "postgresql":
+        assert flow.errors == []
+    # Each waits ten seconds at most, and an API that was not ready is asked again a moment after it is.
+    assert [what for at, what in flow.errors if not torn - 10 <= at <= back + 15] == []

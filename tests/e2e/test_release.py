@@ -78,7 +78,27 @@ def test_the_doctor_finds_nothing_that_breaks_a_promise(release: Release) -> Non
 
 @pytest.mark.parametrize("file", rendering.VALUES, ids=lambda file: str(file.name))
 def test_the_cluster_would_take_every_way_to_install_it(release: Release, file: Path) -> None:
-    # The pod of `helm test` needs an account that is not there in a dry run.
-    objects = [one for one in rendering.render({}, file) if one["kind"] != "Pod"]
+    # The pod of `helm test` needs an account that is not there in a dry run; others need what this cluster may lack.
+    served = set(release.kubectl("api-versions").split())
+    objects = [one for one in rendering.render({}, file) if one["kind"] != "Pod" and one["apiVersion"] in served]
     manifest = yaml.safe_dump_all(objects)
     release.kubectl("apply", "--dry-run=server", "--validate=strict", "--filename=-", stdin=manifest)
+
+
+@pytest.mark.timeout(300)
+def test_a_task_that_fills_the_memory_of_its_pod_fails_by_that_name_and_alone(
+    release: Release,
+) -> None:
+    with release.api() as api:
+        neighbour = submit(api, task="sample.sleep", args=[20])
+        reaches(api, neighbour, "STARTED")
+        # The limit of the pod is 1 GiB.
+        task_id = submit(api, task="sample.allocate", args=[4096], max_retries=0)
+        reaches(api, task_id, "FAILURE", seconds=200)
+        reaches(api, neighbour, "SUCCESS", seconds=100)
+        error, unharmed = view(api, task_id)["error"], view(api, neighbour)
+    print(f"out of memory: {error}, {unharmed['attempt']} attempts of its neighbour")  # noqa: T201  # a figure to report
+    assert error["type"] in {"OutOfMemory", "WorkerLost"}
+    assert unharmed["failures"] == 0
+    crashes = release.ask_database(f"SELECT crashes FROM task WHERE id = '{neighbour}'")
+    assert crashes == [["0"]]

@@ -27,11 +27,21 @@ _LOCATION = {"Location": {"description": "Where the job can be read.", "schema":
 _BEGUN: dict[int | str, dict[str, Any]] = {
     202: {"description": "It goes on in the background.", "headers": {**_LOCATION, **openapi.REPLAYED}}
 }
-_BODY = {"parameters": [dict(openapi.KEY_PARAMETER)]} | body.declared(schemas.BulkFilter, required=True)
+
+
+def _declared(kind: JobKind) -> dict[str, Any]:
+    """What is said of the body: a filter, of statuses that tasks have to which this can be done."""
+    declared = body.declared(schemas.BulkFilter, required=True)
+    schema = declared["requestBody"]["content"]["application/json"]["schema"]
+    schema["title"] = f"{kind.capitalize()}Filter"
+    schema["properties"]["status"]["items"] = {"type": "string", "enum": sorted(lifecycle.ELIGIBLE[kind])}
+    return {"parameters": [dict(openapi.KEY_PARAMETER)]} | declared
+
+
 _PROBLEMS = problems.responses(400, 413, 415, 422, 429, 503)
 
 
-@router.post(f"{PATH}/cancel", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_BODY)
+@router.post(f"{PATH}/cancel", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_declared(JobKind.CANCEL))
 async def cancel_tasks(
     request: Request, response: Response, state: Resources, caller: door.Writer
 ) -> schemas.JobCreated:
@@ -43,7 +53,7 @@ async def cancel_tasks(
     return await _begin(JobKind.CANCEL, request, response, state, caller)
 
 
-@router.post(f"{PATH}/rerun", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_BODY)
+@router.post(f"{PATH}/rerun", status_code=202, responses=_BEGUN | _PROBLEMS, openapi_extra=_declared(JobKind.RERUN))
 async def rerun_tasks(
     request: Request, response: Response, state: Resources, caller: door.Writer
 ) -> schemas.JobCreated:

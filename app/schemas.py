@@ -755,6 +755,10 @@ class BulkFilter(TaskFilter):
         }
     )
 
+    status: Annotated[list[TaskStatus], Field(min_length=1, max_length=len(TaskStatus))] = Field(
+        [], description="One of these; all to which it can be done, or for a rerun those that failed, unless given."
+    )
+
 
 class JobCreated(BaseModel):
     """It goes on in the background."""

@@ -45,6 +45,8 @@ def _fit_body(path: str, body: dict[str, Any]) -> None:
         _fit_call(one)
     if path == "/api/webhooks/redeliver":
         _fit_moments(body, "since", "until")
+    if path in {"/api/tasks/cancel", "/api/tasks/rerun"} and not any(part is not None for part in body.values()):
+        body["tag"] = "nightly"
     if path == "/api/schedules/{name}":
         _fit_schedule(body)
     if path == "/api/webhooks/test":

@@ -34,6 +34,7 @@ def _declared(kind: JobKind) -> dict[str, Any]:
     declared = body.declared(schemas.BulkFilter, required=True)
     schema = declared["requestBody"]["content"]["application/json"]["schema"]
     schema["title"] = f"{kind.capitalize()}Filter"
+    schema["properties"]["status"].pop("default")
     schema["properties"]["status"]["items"] = {"type": "string", "enum": sorted(lifecycle.ELIGIBLE[kind])}
     return {"parameters": [dict(openapi.KEY_PARAMETER)]} | declared
 

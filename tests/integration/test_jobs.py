@@ -434,7 +434,8 @@ async def test_somebody_elses_job_is_404(api: httpx.AsyncClient, db: Database) -
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("cancel", {}, ""),
-    ("cancel", {"task": None, "status": []}, ""),
+    ("cancel", {"task": None, "queue": None}, ""),
+    ("cancel", {"task": "long_task", "status": []}, "/status"),
     ("cancel", {"status": ["SUCCESS"]}, "/status"),
     ("rerun", {"status": ["FAILURE", "PENDING"]}, "/status"),
     ("rerun", {"status": "FAILURE"}, "/status"),

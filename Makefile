@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 IMAGE ?= taskqueue:dev
 BUILDER ?= docker
 DEMO_ARGS ?=
-SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py)
+SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py worker/test_metrics.py)
 BENCH_ARGS ?=
 API_ARGS ?=
 

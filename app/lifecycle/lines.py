@@ -125,8 +125,7 @@ WITH RECURSIVE alone AS MATERIALIZED (
 ), room AS MATERIALIZED (
     SELECT GREATEST(0, LEAST($2::int, {_room("l", "s.concurrency_limit", "s.rate_count", "s.rate_seconds")})) AS free
       FROM setting s,
-           queue_load(CASE WHEN COALESCE(s.concurrency_limit, s.rate_count) IS NOT NULL THEN $1 END, '',
-                      COALESCE(s.concurrency_limit, $2::int)) l
+           queue_load(CASE WHEN s.by_queue THEN $1 END, '', COALESCE(s.concurrency_limit, $2::int)) l
 )"""
 # Rows of `task` are locked before those of `held_task`, as a claim or a cancel does it, and who is at one just now is
 # left for the next time. What is in line and is not held any more, because a release that knows no lines has ended or

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e.cluster import Release, a_namespace, submit
+from tests.support.waiting import wait_until
 
 OUTSIDE = os.environ.get("E2E_OUTSIDE", "")
 INGRESS_CLASS = os.environ.get("E2E_INGRESS_CLASS", "traefik")
@@ -44,10 +45,7 @@ def exposed() -> Iterator[Release]:
 def outside(request: pytest.FixtureRequest, exposed: Release) -> Iterator[httpx.Client]:
     headers = {"host": request.param, "authorization": f"Bearer {exposed.key()}"}
     with httpx.Client(base_url=OUTSIDE, headers=headers, timeout=60) as client:
-        deadline = time.monotonic() + 30
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < deadline, "the way in was not there in time"
-            time.sleep(0.2)
+        wait_until(lambda: client.get("/readyz").status_code == 200, 30, "the way in")
         yield client
 
 

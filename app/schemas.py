@@ -871,7 +871,7 @@ class TaskPage(BaseModel):
 
     data: list[TaskSummary]
     next_cursor: str | None = Field(
-        description="Where to go on. It may be there though `data` is short, or empty: a page looks at 10,000 tasks."
+        description="Where to go on. It may be there though `data` is short, or empty: a page looks at 1,000 tasks."
     )
 
 

@@ -122,6 +122,7 @@ async def calls(db: Database) -> dict[str, Call]:
         "error_type, finished_after": Filter(error_type="Error3", finished_after=lately),
         "task that nobody has": Filter(name="nobody"),
         "tag that nobody has": Filter(tag="nobody"),
+        "status, task that nobody has": Filter(statuses=failed, name="nobody"),
         "status, tag that nobody has": Filter(statuses=failed, tag="nobody"),
         "error_type that nobody has": Filter(error_type="Nobody"),
     }

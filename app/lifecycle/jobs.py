@@ -29,6 +29,8 @@ from app.lifecycle.waiting import CANCEL
 
 STEP = 500
 """Tasks that one step acts on."""
+WALK = 10_000
+"""Tasks that one step looks at: nobody waits for its answer, and the next one has to wait for its turn."""
 LEASE_SECONDS = 30.0
 """How long a step may take before another relay takes it."""
 JOBS_AT_ONCE = 10
@@ -240,7 +242,7 @@ class Stepped:
 
 async def step(db: Database, mine: Step) -> Stepped:
     """Act on the next tasks of a job. Nothing is done if the job was stopped, or the step is another's by now."""
-    page = await listing.page(db, mine.owner, mine.wanted, after=mine.after, limit=STEP)
+    page = await listing.page(db, mine.owner, mine.wanted, after=mine.after, limit=STEP, walk=WALK)
     found = [one.id for one in page.tasks]
     arguments: tuple[object, ...] = (
         mine.job_id,

@@ -35,7 +35,7 @@ async def list_tasks(
 ) -> schemas.TaskPage:
     """Tasks, newest first: by when they were submitted, or by when they ended if only that is asked for.
 
-    A page looks at 10,000 tasks at most. Where few of them are meant it may be short, or empty, and still have a
+    A page looks at 1,000 tasks at most. Where few of them are meant it may be short, or empty, and still have a
     `next_cursor`: go on until that is null.
     """
     wanted = filter_of(asked)

@@ -97,6 +97,10 @@ bench-waiting: $(VENV)/.dev ## Measure how soon a long poll is answered, and wha
 bench-metrics: $(VENV)/.dev ## Measure what the metrics cost a submit and a worker, and a look at them
 	@exec $(BIN)/python -m benchmarks.metrics $(BENCH_ARGS)
 
+.PHONY: bench-tracing
+bench-tracing: $(VENV)/.dev ## Measure what traces cost a submit and a task, by how many are sampled
+	@exec $(BIN)/python -m benchmarks.tracing $(BENCH_ARGS)
+
 ##@ Kubernetes
 
 .PHONY: image

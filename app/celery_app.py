@@ -11,16 +11,20 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from billiard.util import get_logger as get_pool_logger
 from celery import bootsteps, signals
+from celery.apps import worker as worker_command
 from celery.exceptions import SecurityWarning
 from celery.worker import state
 from celery.worker.consumer import consumer
@@ -130,9 +134,13 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         _slots().beat()
         pipe = _told()
         command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid()), str(pipe.reader)]
+        inherited = [_slots().fd, pipe.reader]
+        if _spans is not None:
+            command.append(str(_spans.out.fileno()))
+            inherited.append(_spans.out.fileno())
         # In a session of its own, so that what is sent to the worker's group leaves it to settle what is left.
         self._process = subprocess.Popen(
-            command, pass_fds=[_slots().fd, pipe.reader], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
+            command, pass_fds=inherited, stdin=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         assert self._process.stdin is not None  # noqa: S101  # stdin=PIPE
         os.set_blocking(self._process.stdin.fileno(), False)
@@ -203,9 +211,19 @@ app.add_defaults(lambda: configuration(_settings()))
 TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "app.worker.transport:Transport"))
 app.loader.override_backends = dict.fromkeys(("redis", "rediss"), "app.worker.results:RowBackend")
 
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """Where the children put their spans in, and where the keeper takes them out."""
+
+    into: socket.socket
+    out: socket.socket
+
+
 _loaded: Settings | None = None
 _shared: Slots | None = None
 _pipe: metrics.Pipe | None = None
+_spans: _Line | None = None
 
 
 def _settings() -> Settings:
@@ -240,8 +258,14 @@ def _register_tasks(**_: Any) -> None:
 
 def run_worker(settings: Settings) -> None:
     """Consume `settings.queues` until told to stop. The first SIGTERM is warm; see `_turn_cold`."""
-    global _loaded, _shared, _pipe  # noqa: PLW0603  # one per process
+    global _loaded, _shared, _pipe, _spans  # noqa: PLW0603  # one per process
     _loaded = settings
+    if settings.otlp_endpoint is not None:
+        # Loaded before the fork: the children share what it takes.
+        from app.core import collector  # noqa: F401, PLC0415  # without a collector nobody pays for the SDK
+        from app.worker import spans  # noqa: PLC0415  # as above
+
+        _spans = _Line(*spans.pair())
     _shared = Slots.create(settings.concurrency)
     _pipe = metrics.Pipe()
     if settings.metrics_port == 0:
@@ -253,6 +277,14 @@ def run_worker(settings: Settings) -> None:
     telemetry.configure_logging(settings, "worker")
     _quieten()
     catalog.load_modules(settings)
+    try:
+        _consume(settings)
+    finally:
+        if _spans is not None:
+            spans.flush(_spans.into, telemetry.FLUSH_SECONDS)
+
+
+def _consume(settings: Settings) -> None:
     app.worker_main(
         [
             "--quiet",
@@ -289,12 +321,18 @@ def _quieten() -> None:
     logging.getLogger("celery.worker.consumer.consumer").addFilter(
         lambda record: record.msg is not consumer.UNKNOWN_TASK_ERROR
     )
+    # What it says in signal handlers goes past all loggers, which may be in the middle of a line.
+    worker_command.safe_say = lambda text, *_: telemetry.say("celery.apps.worker", text)
     # Running as root is for the image to rule out; nothing here unpickles what comes from outside.
     warnings.filterwarnings("ignore", category=SecurityWarning)
 
 
 def _keep_logging(**_: Any) -> None:
-    """Being connected is enough: Celery then leaves the logging of this process alone."""
+    """Being connected is enough: Celery then leaves the logging of this process alone, but for the pool's."""
+    # Made anew just before, and by itself it writes past all handlers.
+    pool = get_pool_logger()
+    pool.propagate = True
+    pool.setLevel(max(logging.getLogger().level, logging.WARNING))
 
 
 def _start_child(**_: Any) -> None:
@@ -306,6 +344,10 @@ def _start_child(**_: Any) -> None:
         time.sleep(BEAT_SECONDS)
         os._exit(1)
     metrics.child_started(metrics.pool_name(_settings().queues))
+    if _spans is not None:
+        from app.worker import spans  # noqa: PLC0415  # as in run_worker
+
+        telemetry.configure(_settings(), "worker", hand_to=spans.Sender(_spans.into))
 
 
 def _stop_child(**_: Any) -> None:

@@ -87,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url="/redoc" if open_to_all else None,
         openapi_url="/openapi.json" if open_to_all else None,
         generate_unique_id_function=openapi.operation_id,
+        telemetry=telemetry.of_api(),
     )
     # Before the routes with an id: `counts` is none.
     api.include_router(listing.router)
@@ -111,7 +112,6 @@ def create_app(settings: Settings) -> FastAPI:
     door.install(api, settings)
     if settings.metrics_port:
         measuring.install(api)
-    telemetry.instrument_api(api, settings)
     return api
 
 

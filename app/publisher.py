@@ -24,7 +24,7 @@ from itertools import islice
 
 from app import db, lifecycle, tally
 from app.broker import Broker, encode_meta
-from app.core import errors, metrics
+from app.core import errors, metrics, tracing
 from app.core.stopping import stop
 
 DEPTH_CAP = 50_000
@@ -119,7 +119,8 @@ class Publisher:
     async def _push(self, queue: str, bells: Sequence[lifecycle.Bell]) -> None:
         if not self._down:
             try:
-                depth = await self._broker.publish(queue, sorted(bells, key=lambda bell: bell.position))
+                with tracing.send(queue, bells):
+                    depth = await self._broker.publish(queue, sorted(bells, key=lambda bell: bell.position))
             except errors.BrokerUnavailable as away:
                 self._down = True
                 metrics.published(len(bells), "error", [])
@@ -164,13 +165,33 @@ def meta_of(ended: lifecycle.Ended) -> bytes:
     )
 
 
+def tell_of_attempt(settled: lifecycle.Settled, transition: lifecycle.Transition) -> dict[str, object]:
+    """End the span of an attempt that could not end it itself.
+
+    Returns:
+        What a log line about it is to name.
+    """
+    attempt = settled.attempt
+    if attempt is None:
+        return {}
+    error = transition.error
+    tracing.end(
+        attempt.begin(began=settled.began),
+        outcome=transition.outcome,
+        status=settled.status,
+        error_type=error.type if error else None,
+    )
+    return attempt.fields()
+
+
 async def let_go(database: db.Database, broker: Broker, queue: str, key: str) -> None:
     """Push what may start now that a task of this queue and key has ended. Never fails: a relay looks again."""
     with contextlib.suppress(errors.DatabaseUnavailable):
         bells = await lifecycle.let_go(database, queue, key=key, limit=BATCH)
         if bells:
             try:
-                await broker.publish(queue, bells)
+                with tracing.send(queue, bells):
+                    await broker.publish(queue, bells)
             except errors.BrokerUnavailable:
                 metrics.published(len(bells), "error", [])
                 await lifecycle.unpublish(database, bells)

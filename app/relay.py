@@ -22,7 +22,7 @@ from typing import Any
 from app import circuits, db, delivery, lifecycle, publisher, schedules, tally
 from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
-from app.core import errors, limits, metrics, stopping, telemetry
+from app.core import errors, limits, metrics, stopping, telemetry, tracing
 from app.core.config import Settings, webhook_key
 from app.core.repeating import every
 from app.core.statuses import DeliveryStatus, JobKind
@@ -242,11 +242,14 @@ class Relay:
         expired = await lifecycle.expired_leases(self.db, queue, lease_seconds=lease, limit=BATCH)
         # Asked again: the question itself may have waited for the network, and the renewals beside it.
         for claim, spent in expired if self._connected_for(lease) else ():
-            settled = await lifecycle.reap(self.db, claim, lifecycle.decide(spent, lifecycle.Lost()))
+            transition = lifecycle.decide(spent, lifecycle.Lost())
+            settled = await lifecycle.reap(self.db, claim, transition)
             if settled is not None:
+                told = publisher.tell_of_attempt(settled, transition)
                 tally.count_attempt(settled.name, settled.queue, lifecycle.Lost(), settled, run_seconds=None)
                 metrics.recovered("stale_running", 1)
-                log.warning("task %s attempt %d lost its worker, now %s", claim.task_id, claim.attempt, settled.status)
+                text = "task %s attempt %d lost its worker, now %s"
+                log.warning(text, claim.task_id, claim.attempt, settled.status, extra=told)
                 reaped.append(settled)
         await publisher.announce_ends(self.broker, [one.ended for one in reaped if one.ended is not None])
         return len(reaped)
@@ -382,7 +385,8 @@ class Relay:
         try:
             while left:
                 portion, at_tail = left[0]
-                await self.broker.publish(queue, portion, at_tail=at_tail)
+                with tracing.send(queue, portion):
+                    await self.broker.publish(queue, portion, at_tail=at_tail)
                 tally.count_published(portion, lost=lost)
                 left.pop(0)
         except errors.BrokerUnavailable:
@@ -401,12 +405,13 @@ class Relay:
             await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT, age)
             return
         outcome = None
+        spans = tracing.Webhook(claimed.traceparent, webhook_id=claimed.id, attempt=claimed.attempt, url=claimed.url)
         try:
             receipt = await self.sender.post(
                 claimed.url,
                 webhook_id=str(claimed.id),
                 body=delivery.body(claimed, self.settings.webhook_payload),
-                traceparent=claimed.traceparent,
+                traceparent=spans.traceparent,
                 timestamp_seconds=int(claimed.claimed_at.timestamp()),
                 owner=claimed.owner,
                 keys=ring.keys(claimed.claimed_at),
@@ -420,6 +425,9 @@ class Relay:
         finally:
             self.circuits.ended(claimed.receiver, outcome, time.monotonic())
         verdict = delivery.decide(claimed.scheduled_attempt, receipt, schedule, age_seconds=age)
+        if verdict.spends:
+            error = None if receipt.outcome is Outcome.SUCCESS else str(receipt.outcome)
+            spans.end(status_code=receipt.status_code, error_type=error, event=claimed.event, facts=claimed.facts)
         metrics.webhook_attempted(receipt.outcome.value, receipt.duration_seconds)
         await self._settle(claimed, receipt, verdict, age + time.monotonic() - began)
 
@@ -643,4 +651,7 @@ def run(settings: Settings) -> None:
         log.warning("TASKQUEUE_WEBHOOK_SECRET is not set: webhooks are sent without a signature")
     if not settings.webhook_blocked_cidrs and not settings.webhook_allow_private:
         log.warning("TASKQUEUE_WEBHOOK_BLOCKED_CIDRS is not set: name your own ranges, so that no webhook reaches them")
-    asyncio.run(serve(settings))
+    try:
+        asyncio.run(serve(settings))
+    finally:
+        telemetry.shutdown()

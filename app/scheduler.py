@@ -7,6 +7,7 @@ for it; of its times none is lost but by its own policy.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pydantic import ValidationError
 
 from app import lifecycle, schedules, schemas
-from app.core import backoff, errors, ids, metrics, telemetry
+from app.core import backoff, errors, ids, metrics, telemetry, tracing
 from app.core.config import Settings
 from app.db import Database
 from app.schedules import Due, Schedule
@@ -66,7 +67,9 @@ class Scheduler:
 
     async def _fire(self, schedule: Schedule, decided: Due) -> None:
         tasks = await self._tasks(schedule, len(decided.times)) if decided.times else []
-        fired = await schedules.fire(self._db, schedule, decided, tasks)
+        with contextlib.ExitStack() as spans:
+            traced = [_traced(spans, task, schedule) for task in tasks]
+            fired = await schedules.fire(self._db, schedule, decided, traced)
         if fired is None:
             return
         if decided.missed:
@@ -90,6 +93,13 @@ class Scheduler:
             known = isinstance(failed, errors.TaskQueueError | ValueError)
             log.error("schedule %s can't be fired: %s", schedule.name, reason, exc_info=None if known else failed)
         await schedules.fail(self._db, schedule, reason, again_in_seconds=backoff.spread(AGAIN_SECONDS))
+
+
+def _traced(spans: contextlib.ExitStack, task: lifecycle.NewTask, schedule: Schedule) -> lifecycle.NewTask:
+    """A task of a schedule begins a trace of its own, since years may lie between the first and the last of them."""
+    creating = tracing.create(task.queue, task=task.name, task_id=task.id, schedule=schedule.name)
+    traceparent = spans.enter_context(creating)
+    return task if traceparent is None else replace(task, traceparent=traceparent)
 
 
 def _with_catalog(settings: Settings) -> NewTask:

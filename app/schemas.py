@@ -558,6 +558,7 @@ class TaskRead(BaseModel):
             "rerun_of": None,
             "schedule": None,
             "scheduled_for": None,
+            "trace_id": "0a449c07b8228a0897b67dce14f077c0",
             "created_at": "2030-01-31T12:00:00Z",
             "run_at": "2030-01-31T12:00:00Z",
             "started_at": "2030-01-31T12:00:00.125Z",
@@ -584,6 +585,9 @@ class TaskRead(BaseModel):
     rerun_of: UUID | None
     schedule: str | None = Field(description="The schedule that submitted it.")
     scheduled_for: datetime | None = Field(description="For which of its times.")
+    trace_id: str | None = Field(
+        description="Its trace (W3C Trace Context), recorded or not: what names it in logs and to receivers."
+    )
     created_at: datetime
     run_at: datetime = Field(description="When it was or is due.")
     started_at: datetime | None = Field(description="When its newest attempt began.")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 
 from app import db, delivery
+from app.core import tracing
 from app.core.config import Settings
 from app.db import Database
 from app.keyring import Keyring, Ring
@@ -65,15 +66,18 @@ class Trials:
         except sealing.Unreadable:
             receipt = Receipt(outcome=Outcome.SECRET_UNREADABLE)
         else:
+            spans = tracing.Webhook(trial.traceparent, webhook_id=trial.id, attempt=1, url=trial.url)
             receipt = await self._sender.post(
                 trial.url,
                 webhook_id=str(trial.id),
                 body=body,
-                traceparent=trial.traceparent,
+                traceparent=spans.traceparent,
                 timestamp_seconds=int(trial.claimed_at.timestamp()),
                 owner=trial.owner,
                 keys=keys,
             )
+            error = None if receipt.outcome is Outcome.SUCCESS else str(receipt.outcome)
+            spans.end(status_code=receipt.status_code, error_type=error, event=trial.event)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REPORT_SECONDS):
                 await db.insist(lambda: delivery.end_trial(self._db, trial, receipt, body), what="a test's receipt")

@@ -1,33 +1,37 @@
 """Traces and logs: where they go, and the trace context that a task carries.
 
 Nothing is traced unless a collector is set, but every task has a `traceparent`,
-so that its webhooks and its attempts can be told to belong together.
+so that its webhooks, its attempts and their log lines can be told to belong together.
+What is recorded, `tracing` says.
 """
 
+import contextlib
 import json
 import logging
 import os
-import re
 import secrets
 import sys
-import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 from opentelemetry import trace
 
 import app as package
+from app.core import tracing
 from app.core.config import Settings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi.telemetry import TelemetryConfig
+    from opentelemetry.sdk.trace import SpanProcessor
 
-# Anchored at the end: the patterns are searched for anywhere in the URL.
-UNTRACED_URLS = "/healthz$,/readyz$"
+    from app.core.collector import Pipeline
+
+UNTRACED_PATHS = frozenset({"/healthz", "/readyz"})
 FLUSH_SECONDS = 2.0
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+"""How long a process that ends waits for its collector, if that has answered the last time."""
 # Not their access logs: a line for each request of each poller would bury the rest, and metrics count them.
 _SERVERS = ("uvicorn", "uvicorn.error", "gunicorn.error", "celery")
 # Their INFO names the URL of each webhook, which may hold a secret.
@@ -35,52 +39,76 @@ _TALKATIVE = ("httpx", "httpcore")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
-def configure(settings: Settings, process_name: str) -> None:
+_pipeline: "Pipeline | None" = None
+_bound: ContextVar[Mapping[str, object]] = ContextVar("bound", default={})  # noqa: B039  # never changed in place
+
+
+def configure(settings: Settings, process_name: str, *, hand_to: "SpanProcessor | None" = None) -> None:
     """Send traces to the collector, if one is set. The other `OTEL_…` variables hold as OpenTelemetry says.
 
     Args:
         settings: with the endpoint.
         process_name: such as `api`; the service's name is `taskqueue-api` unless OTEL_SERVICE_NAME is set.
+        hand_to: what takes the spans of this process to the collector in its place.
     """
+    global _pipeline  # noqa: PLW0603  # one collector per process
     if settings.otlp_endpoint is None:
         return
-    # Imported here: without a collector no process pays for them.
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
-    from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
-    from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+    # Imported here: without a collector no process pays for it.
+    from app.core import collector  # noqa: PLC0415
 
-    named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": f"taskqueue-{process_name}"}
-    resource = Resource.create(named | {"service.version": package.__version__})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=_traces_url(settings.otlp_endpoint))))
-    trace.set_tracer_provider(provider)
+    endpoint = settings.otlp_endpoint if hand_to is None else None
+    _pipeline = collector.pipeline(process_name, endpoint=endpoint, processor=hand_to)
+    tracing.record(_pipeline.provider.get_tracer("taskqueue", package.__version__))
+    # For spans that a task's own code makes. Who has brought a provider along keeps it.
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        trace.set_tracer_provider(_pipeline.provider)
 
 
-def _traces_url(endpoint: str) -> str | None:
-    # What stands in the environment the exporter reads itself; `.env` it does not know.
-    if any(name in os.environ for name in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")):
-        return None
-    base = endpoint.rstrip("/")
-    return base if base.endswith("/v1/traces") else f"{base}/v1/traces"
+def pipeline() -> "Pipeline | None":
+    """What records the spans of this process; None without a collector."""
+    return _pipeline
 
 
 def shutdown() -> None:
     """Send what has not been sent yet, for `FLUSH_SECONDS` at most: a dead collector must not hold up the end."""
-    stop = getattr(trace.get_tracer_provider(), "shutdown", None)
-    if stop is not None:
-        flushing = threading.Thread(target=stop, name="traces", daemon=True)
-        flushing.start()
-        flushing.join(FLUSH_SECONDS)
+    global _pipeline  # noqa: PLW0603  # as above
+    if _pipeline is not None:
+        tracing.record(None)
+        _pipeline.shutdown(FLUSH_SECONDS)
+        _pipeline = None
 
 
-def instrument_api(api: "FastAPI", settings: Settings) -> None:
-    """Trace every request but the probes', if a collector is set."""
-    if settings.otlp_endpoint is None:
-        return
-    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor  # noqa: PLC0415  # as in configure
+def of_api() -> "TelemetryConfig":
+    """What FastAPI is to record of its requests: a span for each that is sampled, and nothing without a collector.
 
-    FastAPIInstrumentor.instrument_app(api, excluded_urls=UNTRACED_URLS, exclude_spans=["send", "receive"])
+    Its own instrumentation is used: it costs half of what OpenTelemetry's does, and nothing for what it passes over.
+    """
+    nothing: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    if _pipeline is None:
+        return nothing
+    return {
+        **nothing,
+        "tracing": True,
+        "tracer_provider": _pipeline.provider,
+        "operation_spans": False,
+        "exclude": _passed_over,
+    }
+
+
+def _passed_over(scope: MutableMapping[str, Any]) -> bool:
+    """Whether a request is not recorded, decided before anything is spent on it: most are not."""
+    if scope["type"] != "http" or scope["path"] in UNTRACED_PATHS or _pipeline is None:
+        return True
+    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    caller = tracing.parsed(sent.decode("latin-1"))
+    trace_id = caller.trace_id if caller is not None else secrets.randbits(128) or 1
+    if not _pipeline.sampler.wants(caller, trace_id):
+        return True
+    if caller is None:
+        # FastAPI asks the sampler again, about the trace that it begins, and must hear the same.
+        tracing.given_trace_id.set(trace_id)
+    return False
 
 
 def current_traceparent(headers: Mapping[str, str]) -> str:
@@ -93,13 +121,22 @@ def current_traceparent(headers: Mapping[str, str]) -> str:
     """
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
-        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & 1:02x}"
-    sent = headers.get("traceparent", "").strip()
-    found = _TRACEPARENT.fullmatch(sent)
-    # Version 00 ends after the flags; a later one may go on, and is read as far as we know it.
-    if found is not None and (found[4] is None or not sent.startswith("00")):
-        return f"00-{found[1]}-{found[2]}-{int(found[3], 16) & 1:02x}"
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
+        return tracing.written(context)
+    caller = tracing.parsed(headers.get("traceparent"))
+    if caller is None:
+        return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
+    # Where requests are recorded this one is not: whatever its caller says, nothing of its tasks is.
+    return f"{tracing.written(caller)[:-2]}00" if tracing.recording() else tracing.written(caller)
+
+
+@contextlib.contextmanager
+def bound(**fields: object) -> Iterator[None]:
+    """Put these fields into every JSON line that is logged in the block, or by what it starts."""
+    token = _bound.set({**_bound.get(), **fields})
+    try:
+        yield
+    finally:
+        _bound.reset(token)
 
 
 def configure_logging(settings: Settings, process_name: str) -> None:
@@ -123,6 +160,15 @@ def configure_logging(settings: Settings, process_name: str) -> None:
         server.propagate = True
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(max(root.level, logging.WARNING))
+
+
+def say(logger: str, message: str) -> None:
+    """Log a line at INFO from within a signal handler: nothing is locked, and nothing buffered."""
+    record = logging.makeLogRecord({"name": logger, "levelno": logging.INFO, "levelname": "INFO", "msg": message})
+    root = logging.getLogger()
+    for handler in [own for own in root.handlers if isinstance(own, _Stderr)]:
+        if root.isEnabledFor(logging.INFO):
+            os.write(2, f"{handler.format(record)}\n".encode())
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -151,7 +197,7 @@ class _Console(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """One object a line: time, level, process, logger, message, the trace, and whatever `extra` said."""
+    """One object a line: time, level, process, logger, message, the trace, what is `bound`, and what `extra` said."""
 
     def __init__(self, process_name: str) -> None:
         super().__init__()
@@ -169,6 +215,7 @@ class _Json(logging.Formatter):
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             line |= {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
+        line |= _bound.get()
         line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name not in line}
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = "".join(traceback.format_exception(*record.exc_info))

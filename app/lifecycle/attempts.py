@@ -6,8 +6,10 @@ decides anything.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from app import delivery
+from app.core import tracing
 from app.core.statuses import TERMINAL, AttemptOutcome, TaskStatus
 from app.db import Database
 from app.lifecycle.lines import BURST_SECONDS, HOLD, IN_LINE, next_start
@@ -238,7 +240,7 @@ WITH moved AS (
            progress_message = CASE WHEN {_AGAIN} THEN NULL ELSE progress_message END,
            event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
      WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
-    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue
+    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue, traceparent
 ), hook AS ({delivery.intend("moved", _TOLD)})
 """
 _SETTLE = f"""{_MOVED}
@@ -312,7 +314,19 @@ async def _settle(
         # A first copy of this statement may have been applied without an answer. Only a statement of its own,
         # with a new snapshot, sees what that copy wrote while this one waited for its lock.
         row = await db.fetchrow(_MY_OWN_HAND, held.task_id, held.attempt, held.token)
-    return None if row is None else settled_of(row)
+    if row is None:
+        return None
+    settled = settled_of(row)
+    if own_hand:
+        return settled
+    ended = tracing.Attempt(
+        task_id=held.task_id,
+        number=held.attempt,
+        task=row["name"],
+        queue=row["queue"],
+        traceparent=row["traceparent"],
+    )
+    return replace(settled, attempt=ended, began=row["started_at"])
 
 
 _PROGRESS = """

@@ -42,6 +42,7 @@ class TaskView:
     rerun_of: UUID | None
     schedule: str | None
     scheduled_for: datetime | None
+    traceparent: str | None
     webhook_url: str | None
     webhook_status: str | None
     webhook_attempt: int | None
@@ -57,7 +58,7 @@ SELECT t.id, t.name, t.queue, t.status,
        t.attempt, t.failures, t.max_retries, t.tags, t.created_at, t.run_at,
        t.started_at, t.finished_at, t.expires_at, t.time_limit, t.progress, t.progress_message,
        t.error_type, t.error_message, t.error_traceback, t.cancel_requested, t.rerun_of,
-       t.schedule, t.scheduled_for, t.webhook_url,
+       t.schedule, t.scheduled_for, t.traceparent, t.webhook_url,
        d.status AS webhook_status, d.attempt AS webhook_attempt, d.next_at AS webhook_next_at
   FROM task t
   LEFT JOIN held_task h ON h.task_id = t.id
@@ -103,11 +104,12 @@ class Original:
     webhook_events: tuple[str, ...] | None
     max_retries: int
     time_limit: float | None
+    traceparent: str | None
 
 
 _AS_SUBMITTED = f"""
 SELECT t.status, t.name, t.queue, t.args, t.kwargs, t.tags, t.webhook_url, t.webhook_events, t.max_retries,
-       t.time_limit, {_GIVEN_KEY}
+       t.time_limit, t.traceparent, {_GIVEN_KEY}
   FROM task t WHERE t.id = $1 AND t.owner = $2
 """
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from uuid import UUID
 
 from app.core.statuses import TaskStatus
+from app.core.tracing import Attempt
 from app.db import Record
 from app.lifecycle.rules import Budgets, Claim, Error
 
@@ -181,12 +182,16 @@ class Settled:
         ended: set if that is its end.
         name: of the task, for the metrics.
         queue: where it waited.
+        attempt: whose span is to be ended, where somebody else than its process has ended it.
+        began: when that attempt did.
     """
 
     status: TaskStatus
     ended: Ended | None
     name: str = field(default="", compare=False)
     queue: str = field(default="", compare=False)
+    attempt: Attempt | None = None
+    began: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from uuid import UUID
 from fastapi import Request, Response
 
 from app import intake, lifecycle, schemas
-from app.core import errors, metrics, telemetry
+from app.core import errors, metrics, telemetry, tracing
 from app.core.errors import FieldError
 from app.core.fields import FIELD_ERRORS_LIMIT
 from app.routers.door import Caller
@@ -25,6 +25,7 @@ from app.routers.state import State
 KEY_HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotent-Replayed"
 DEDUPLICATED_HEADER = "Task-Deduplicated"
+TRACE_HEADER = "X-Trace-Id"
 KEY_PATTERN = r'^("([!#-\[\]-~]|\\["\\]){1,255}"|[!#-~][!-~]{0,254})$'
 """Visible ASCII, bare or as a string of structured fields (RFC 9651), whose quotes and escapes are not part of it."""
 
@@ -46,11 +47,13 @@ class Accepted:
         task_ids: in the order of the request.
         replayed: they were made by an earlier request under the same key.
         deduplicated: at least one was there already, unfinished, and `unique_for` says that it will do.
+        trace_id: of all that were made; None where one was there already, which has a trace of its own.
     """
 
     task_ids: tuple[UUID, ...]
     replayed: bool = False
     deduplicated: bool = False
+    trace_id: str | None = None
 
     def tell(self, response: Response) -> None:
         """Say in the headers of an answer what is unusual about it."""
@@ -58,6 +61,8 @@ class Accepted:
             response.headers[REPLAYED_HEADER] = "true"
         if self.deduplicated:
             response.headers[DEDUPLICATED_HEADER] = "true"
+        if self.trace_id is not None:
+            response.headers[TRACE_HEADER] = self.trace_id
 
 
 def key_of(request: Request, caller: Caller, *posted: object) -> lifecycle.SubmitKey | None:
@@ -97,8 +102,11 @@ async def accept(
     key: lifecycle.SubmitKey | None,
     place: Place = as_submitted,
     rerun_of: UUID | None = None,
+    traced_before: str | None = None,
 ) -> Accepted:
     """Store tasks, all or none, and ring for those that are due. They run `rerun_of` again, if that is given.
+
+    That one's `traceparent` is `traced_before`: a rerun has a trace of its own, which is linked to it.
 
     Raises:
         ValidationFailed: naming all that is wrong, if anything is.
@@ -115,33 +123,44 @@ async def accept(
             return _again(first, key)
         raise
     if key is None and len(new) == 1 and new[0].unique_key is None:
-        return await _accept_plain(state, new[0])
-    return await _accept_batch(state, new, key)
+        return await _accept_plain(state, new[0], traced_before)
+    return await _accept_batch(state, new, key, traced_before)
 
 
-async def _accept_plain(state: State, new: lifecycle.NewTask) -> Accepted:
+async def _accept_plain(state: State, new: lifecycle.NewTask, traced_before: str | None) -> Accepted:
     publisher = state["publisher"]
-    bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
+    with tracing.create(new.queue, task=new.name, task_id=new.id, reruns=traced_before) as traceparent:
+        if traceparent is not None:
+            new = replace(new, traceparent=traceparent)
+        bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
     state["backlog"].accepted()
     if bell is not None:
         publisher.ring(bell)
     _count([new], "accepted")
-    return Accepted(task_ids=(new.id,))
+    return Accepted(task_ids=(new.id,), trace_id=tracing.trace_id_of(new.traceparent))
 
 
-async def _accept_batch(state: State, new: Sequence[lifecycle.NewTask], key: lifecycle.SubmitKey | None) -> Accepted:
+async def _accept_batch(
+    state: State, new: Sequence[lifecycle.NewTask], key: lifecycle.SubmitKey | None, traced_before: str | None
+) -> Accepted:
     publisher = state["publisher"]
     held_back = {one.queue for one in new if publisher.away(one.queue)}
-    while (made := await lifecycle.submit_batch(state["db"], new, held_back=held_back, key=key)) is None:
-        # The first one is committed: its row kept this one out.
-        if key is not None and (first := await lifecycle.remembered(state["db"], key)) is not None:
-            _count(new, "replayed")
-            return _again(first, key)
+    # One statement, and one span for all that it makes: they are told apart by the spans of their attempts.
+    with tracing.create(new[0].queue, count=len(new), reruns=traced_before) as traceparent:
+        if traceparent is not None:
+            new = [replace(one, traceparent=traceparent) for one in new]
+        while (made := await lifecycle.submit_batch(state["db"], new, held_back=held_back, key=key)) is None:
+            # The first one is committed: its row kept this one out.
+            if key is not None and (first := await lifecycle.remembered(state["db"], key)) is not None:
+                _count(new, "replayed")
+                return _again(first, key)
     state["backlog"].accepted(len(made.created))
     publisher.ring(*made.bells)
     _count((one for one in new if one.id in made.created), "accepted")
     _count((one for one in new if one.id not in made.created), "deduplicated")
-    return Accepted(task_ids=made.task_ids, deduplicated=len(made.created) < len(new))
+    if len(made.created) < len(new):
+        return Accepted(task_ids=made.task_ids, deduplicated=True)
+    return Accepted(task_ids=made.task_ids, trace_id=tracing.trace_id_of(new[0].traceparent))
 
 
 def _count(new: Iterable[lifecycle.NewTask], outcome: str) -> None:

@@ -43,6 +43,11 @@ SUBMIT_HEADERS: Mapping[str, Any] = {
         "description": "There if `unique_for` found an unfinished task that will do.",
         "schema": _TRUE,
     },
+    admission.TRACE_HEADER: {
+        "description": "The trace of what was made, as W3C Trace Context has it: tell it to whoever runs this service. "
+        "Not there if something was made before.",
+        "schema": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+    },
 }
 LOCATION: Mapping[str, Any] = {
     "Location": {"description": "Where the task can be read.", "schema": {"type": "string", "format": "uri-reference"}}

@@ -55,7 +55,9 @@ async def rerun(
         if old.status not in TERMINAL:
             raise errors.TaskUnfinished
         wanted = body.parsed(_changed(old, changes.value), schemas.SubmitRequest)
-        accepted = await admission.accept(request, state, caller, [wanted], key=key, rerun_of=task_id)
+        accepted = await admission.accept(
+            request, state, caller, [wanted], key=key, rerun_of=task_id, traced_before=old.traceparent
+        )
     return created(accepted, response)
 
 

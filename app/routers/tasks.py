@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from app import lifecycle, schemas
-from app.core import errors, metrics
+from app.core import errors, metrics, tracing
 from app.core.statuses import TaskStatus
 from app.routers import admission, body, door, openapi, problems, waiting
 from app.routers.state import Resources, State
@@ -255,6 +255,7 @@ def _task_read(found: lifecycle.TaskView) -> schemas.TaskRead:
         rerun_of=found.rerun_of,
         schedule=found.schedule,
         scheduled_for=found.scheduled_for,
+        trace_id=tracing.trace_id_of(found.traceparent),
         created_at=found.created_at,
         run_at=found.run_at,
         started_at=found.started_at,

@@ -25,9 +25,10 @@ from billiard.common import terminate_handler_fired
 from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
+from opentelemetry.trace import Span
 
 from app import broker, db, lifecycle, publisher, tally
-from app.core import backoff, errors, metrics
+from app.core import backoff, errors, metrics, telemetry, tracing
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, memory, signals
 from app.worker.journal import Journal
@@ -244,16 +245,28 @@ def run_attempt(task: DurableTask) -> None:
         metrics.attempt_started(claimed.name, claimed.queue, claimed.waited_seconds)
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
         _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
-        _journal.begin(wanted)
-        began = time.monotonic()
-        outcome = _perform(task, claimed)
-        run_seconds = time.monotonic() - began
-        signals.hold()
-        logged = _journal.end()
-        # Its time limits end here: however long the settle waits for Postgres, the task is done.
-        _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
-        settled = _settle(claimed, outcome, logged)
-        _tell(claimed, outcome, settled, run_seconds)
+        span = tracing.Attempt(
+            task_id=wanted.task_id,
+            number=wanted.attempt,
+            task=claimed.name,
+            queue=claimed.queue,
+            traceparent=claimed.traceparent,
+        ).begin(waited_seconds=claimed.waited_seconds)
+        with (
+            tracing.current(span),
+            telemetry.bound(task_id=str(wanted.task_id), attempt=wanted.attempt, queue=claimed.queue),
+        ):
+            _journal.begin(wanted)
+            began = time.monotonic()
+            outcome = _perform(task, claimed)
+            run_seconds, done_at = time.monotonic() - began, time.time_ns()
+            signals.hold()
+            logged = _journal.end()
+            # Its time limits end here: however long the settle waits for Postgres, the task is done.
+            _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
+            settled = _settle(claimed, outcome, logged)
+            _tell(claimed, outcome, settled, run_seconds)
+            _end_span(span, claimed, outcome, settled, done_at)
     finally:
         _clear(wanted)
         signals.release()
@@ -386,6 +399,20 @@ def _consumed_from(task: DurableTask) -> str:
     """The queue of the current message, which may say anything of itself."""
     queue = (task.request.delivery_info or {}).get("routing_key")
     return queue if queue in bridge.current().settings.queues else metrics.UNKNOWN
+
+
+def _end_span(span: Span, claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None, done_at: int) -> None:
+    # Of an attempt that was superseded, whoever ended it has told.
+    if settled is not None and span.is_recording():
+        transition = lifecycle.decide(claimed.budgets, outcome)
+        error = transition.error
+        tracing.end(
+            span,
+            outcome=transition.outcome,
+            status=settled.status,
+            error_type=error.type if error else None,
+            at=done_at,
+        )
 
 
 def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None, run_seconds: float) -> None:

@@ -28,7 +28,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 from uuid import UUID
 
@@ -52,11 +52,19 @@ CANCEL_GRACE_SECONDS = 5.0
 SETTLE_LAST_SECONDS = 10.0
 """How long the keeper stays, after the worker went, to settle what it left behind."""
 
+LAST_SPANS_SECONDS = 0.5
+"""How long the keeper waits for the last spans once the worker went: they are there, unless a task left a process."""
+
 log = logging.getLogger("app.worker.keeper")  # also when run as `python -m`
 
 
 def main(argv: list[str]) -> int:
-    """Run until the worker is gone: `argv` is: its slots (a file descriptor), its process id, its metrics' pipe."""
+    """Run until the worker is gone.
+
+    Args:
+        argv: the file descriptor of the worker's slots, its process id, the descriptor of its metrics' pipe, and if its
+            tasks are traced that of the line on which its children hand over their spans.
+    """
     settings = config.load()
     if settings.metrics_port == 0:
         metrics.silence()
@@ -65,8 +73,27 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     told = metrics.Reader(int(argv[2])) if len(argv) > 2 else None  # noqa: PLR2004  # as the docstring says
-    asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1]), told=told).run())
+    with _traces(settings, [int(number) for number in argv[3:]]):
+        asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1]), told=told).run())
     return 0
+
+
+@contextlib.contextmanager
+def _traces(settings: Settings, line: list[int]) -> Iterator[None]:
+    """Take the spans of the children to the collector, and what the keeper itself has to tell of dead ones."""
+    telemetry.configure(settings, "worker")
+    pipeline = telemetry.pipeline()
+    if pipeline is None or pipeline.processor is None or not line:
+        yield
+        return
+    from app.worker import spans  # noqa: PLC0415  # the SDK is only loaded where there is a collector
+
+    receiver = spans.Receiver(socket.socket(fileno=line[0]), pipeline, pipeline.processor)
+    try:
+        yield
+    finally:
+        receiver.join(LAST_SPANS_SECONDS)
+        telemetry.shutdown()
 
 
 class Keeper:
@@ -180,11 +207,13 @@ class Keeper:
         spent: Budgets | None = await lifecycle.budgets(self._db, claim)
         if spent is None:
             return False
-        settled = await lifecycle.settle_for(self._db, claim, lifecycle.decide(spent, outcome))
+        transition = lifecycle.decide(spent, outcome)
+        settled = await lifecycle.settle_for(self._db, claim, transition)
         if settled is None:
             return False
         name = type(outcome).__name__.lower()
-        log.warning("task %s attempt %d is now %s (%s)", claim.task_id, claim.attempt, settled.status, name)
+        told = publisher.tell_of_attempt(settled, transition)
+        log.warning("task %s attempt %d is now %s (%s)", claim.task_id, claim.attempt, settled.status, name, extra=told)
         tally.count_attempt(settled.name, settled.queue, outcome, settled, run_seconds=run_seconds)
         if settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)

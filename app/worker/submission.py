@@ -8,6 +8,7 @@ process that was forked, and without Redis.
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -18,7 +19,7 @@ from celery.result import AsyncResult
 from pydantic_core import to_jsonable_python
 
 from app import lifecycle
-from app.core import ids, limits, metrics, telemetry
+from app.core import ids, limits, metrics, telemetry, tracing
 from app.core.config import Settings
 from app.core.statuses import WebhookEvent
 from app.utils import guard
@@ -145,7 +146,8 @@ class DurableCelery(Celery):  # type: ignore[misc]  # Celery ships no types
             failures=retries,
         )
         _check(new)
-        here.run(_submit(here, new))
+        with tracing.create(new.queue, task=new.name, task_id=new.id) as traceparent:
+            here.run(_submit(here, new if traceparent is None else replace(new, traceparent=traceparent)))
         return self.AsyncResult(str(new.id))
 
     def _entry(self, name: str) -> Declared:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from opentelemetry import trace
 
-from app.core import telemetry
+from app.core import collector, telemetry
 from app.core.config import Settings
 from tests.conftest import settings_for
 
@@ -104,7 +104,7 @@ def test_the_span_of_the_request_comes_first() -> None:
 def test_traces_go_to_the_collectors_own_path(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     for name in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    assert telemetry._traces_url(endpoint) == "http://otel:4318/v1/traces"
+    assert collector.traces_url(endpoint) == "http://otel:4318/v1/traces"
 
 
 def test_without_a_collector_nothing_is_traced() -> None:

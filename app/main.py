@@ -87,7 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url="/redoc" if open_to_all else None,
         openapi_url="/openapi.json" if open_to_all else None,
         generate_unique_id_function=openapi.operation_id,
-        telemetry=telemetry.of_api(),
+        telemetry=telemetry.NOT_BY_FASTAPI,
     )
     # Before the routes with an id: `counts` is none.
     api.include_router(listing.router)
@@ -112,6 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     door.install(api, settings)
     if settings.metrics_port:
         measuring.install(api)
+    telemetry.instrument(api)
     return api
 
 

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
-from opentelemetry.trace import Link, SpanContext, SpanKind, TraceState, get_current_span
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import Attributes
 
@@ -28,6 +28,8 @@ from app.core import tracing
 EXPORT_SECONDS = 2.0
 """How long one batch may take, unless OTEL_EXPORTER_OTLP_TIMEOUT says otherwise: the SDK's own 10 s outlast an exit."""
 _TIMEOUTS = ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT")
+_REQUESTS = "opentelemetry.instrumentation.fastapi"
+_RAISED = "exception"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 log = logging.getLogger(__name__)
@@ -99,12 +101,36 @@ class _Exporter(OTLPSpanExporter):
     answers = True
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = super().export(spans)
+        result = super().export([_discreet(one) for one in spans])
         takes = result is SpanExportResult.SUCCESS
         if takes and not self.answers:
             log.info("the collector takes spans again")
         self.answers = takes
         return result
+
+
+def _discreet(span: ReadableSpan) -> ReadableSpan:
+    """A span without what a request's unexpected error said, which may hold values: its class is told, the log has it.
+
+    OpenTelemetry's instrumentation of FastAPI records messages and tracebacks, and can't be asked not to.
+    """
+    scope = span.instrumentation_scope
+    if scope is None or scope.name != _REQUESTS or not (span.events or span.status.description):
+        return span
+    kinds = [event.attributes["exception.type"] for event in span.events if event.attributes and event.name == _RAISED]
+    return ReadableSpan(
+        name=span.name,
+        context=span.context,
+        parent=span.parent,
+        resource=span.resource,
+        attributes={**(span.attributes or {}), **({tracing.ERROR_TYPE: kinds[-1]} if kinds else {})},
+        links=span.links,
+        kind=span.kind,
+        status=Status(span.status.status_code),
+        start_time=span.start_time,
+        end_time=span.end_time,
+        instrumentation_scope=scope,
+    )
 
 
 def _exporter(endpoint: str) -> _Exporter:

@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,12 +24,14 @@ from app.core import tracing
 from app.core.config import Settings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from fastapi.telemetry import TelemetryConfig
     from opentelemetry.sdk.trace import SpanProcessor
 
     from app.core.collector import Pipeline
 
-UNTRACED_PATHS = frozenset({"/healthz", "/readyz"})
+NOT_BY_FASTAPI: "TelemetryConfig" = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's telemetry of its own is off, so that no request has two spans, whatever the environment says."""
 FLUSH_SECONDS = 2.0
 """How long a process that ends waits for its collector, if that has answered the last time."""
 # Not their access logs: a line for each request of each poller would bury the rest, and metrics count them.
@@ -79,36 +81,13 @@ def shutdown() -> None:
         _pipeline = None
 
 
-def of_api() -> "TelemetryConfig":
-    """What FastAPI is to record of its requests: a span for each that is sampled, and nothing without a collector.
-
-    Its own instrumentation is used: it costs half of what OpenTelemetry's does, and nothing for what it passes over.
-    """
-    nothing: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+def instrument(api: "FastAPI") -> None:
+    """Record the requests of `api`, if a collector is set (`server_spans.instrument`)."""
     if _pipeline is None:
-        return nothing
-    return {
-        **nothing,
-        "tracing": True,
-        "tracer_provider": _pipeline.provider,
-        "operation_spans": False,
-        "exclude": _passed_over,
-    }
+        return
+    from app.core import server_spans  # noqa: PLC0415  # as in configure
 
-
-def _passed_over(scope: MutableMapping[str, Any]) -> bool:
-    """Whether a request is not recorded, decided before anything is spent on it: most are not."""
-    if scope["type"] != "http" or scope["path"] in UNTRACED_PATHS or _pipeline is None:
-        return True
-    sent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-    caller = tracing.parsed(sent.decode("latin-1"))
-    trace_id = caller.trace_id if caller is not None else secrets.randbits(128) or 1
-    if not _pipeline.sampler.wants(caller, trace_id):
-        return True
-    if caller is None:
-        # FastAPI asks the sampler again, about the trace that it begins, and must hear the same.
-        tracing.given_trace_id.set(trace_id)
-    return False
+    server_spans.instrument(api, _pipeline)
 
 
 def current_traceparent(headers: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """One trace for each submit: its spans, what they are called, and how they find each other.
 
-    POST /api/tasks/submit     SERVER    the API, as FastAPI itself records it
+    POST /api/tasks/submit     SERVER    the API, as `server_spans` has it recorded
     └ create <queue>           PRODUCER  the API, around the INSERT: the context that the task's row keeps
       ├ send <queue>           CLIENT    each push of its message: the API after the commit, a relay later
       ├ process <queue>        CONSUMER  the first attempt

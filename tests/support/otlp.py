@@ -20,7 +20,10 @@ from tests.support.waiting import wait_until
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """One span, with its ids in hexadecimal digits. `parent` is empty for a root; `links` are ids of spans."""
+    """One span, with its ids in hexadecimal digits.
+
+    `parent` is empty for a root; `links` are ids of spans, `events` names, and `message` says why it is an error.
+    """
 
     service: str
     scope: str
@@ -30,7 +33,9 @@ class Span:
     id: str
     parent: str
     links: tuple[tuple[str, str], ...]
+    events: tuple[str, ...]
     error: bool
+    message: str
     seconds: float
     ended_at: float
     attributes: Mapping[str, Any]
@@ -171,7 +176,9 @@ def _span(service: str, scope: str, raw: trace_pb2.Span) -> Span:
         id=raw.span_id.hex(),
         parent=raw.parent_span_id.hex(),
         links=tuple((link.trace_id.hex(), link.span_id.hex()) for link in raw.links),
+        events=tuple(event.name for event in raw.events),
         error=raw.status.code == trace_pb2.Status.STATUS_CODE_ERROR,
+        message=raw.status.message,
         seconds=(raw.end_time_unix_nano - raw.start_time_unix_nano) / 1e9,
         ended_at=raw.end_time_unix_nano / 1e9,
         attributes=_values(raw.attributes),

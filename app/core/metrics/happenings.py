@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from app.core import errors
 from app.core.metrics import catalogue
 from app.core.metrics.forwarding import event
 from app.core.metrics.instruments import COUNTS, DISTRIBUTIONS, GAUGES, Few
 
+TurnedAway = Literal["credentials", "scope", "quota"]
+"""What a request lacked that was not let in."""
 UNKNOWN = "unknown"
 TASKS_AT_MOST = 1000
 QUEUES_AT_MOST = 200
@@ -101,7 +103,7 @@ def counting_rejections() -> Iterator[None]:
 
 
 @event
-def turned_away(reason: Literal["credentials", "scope", "quota"]) -> None:
+def turned_away(reason: TurnedAway) -> None:
     """Count a request that was not let in."""
     _TURNED_AWAY.count(reason)
 
@@ -227,7 +229,9 @@ _limits: dict[str, list[float | None]] = {}
 def expect_runs(task: str, queue: str, limit_seconds: float | None) -> None:
     """A task whose queue this is can run here, for so long; None is for ever."""
     labels = _task(task), _queue(queue)
+    _DROPPED.count(by=0.0)
     _STARTED.count(*labels, by=0.0)
+    _WAIT.expect(*labels)
     for outcome in catalogue.ATTEMPT_OUTCOMES:
         _ATTEMPTS.count(*labels, outcome, by=0.0)
     for outcome in catalogue.TASK_OUTCOMES:
@@ -251,6 +255,8 @@ def expect_requests() -> None:
     """Requests are answered here."""
     for reason in catalogue.REJECTIONS:
         _REJECTED.count(reason, by=0.0)
+    for turned in get_args(TurnedAway):
+        _TURNED_AWAY.count(turned, by=0.0)
     expect_messages()
 
 
@@ -258,6 +264,8 @@ def expect_messages() -> None:
     """Messages are pushed here."""
     for outcome in ("sent", "error"):
         _PUBLISHED.count("task", outcome, by=0.0)
+    _PUBLISH_DELAY.expect("task")
+    _BATCH_SIZE.expect()
 
 
 def expect_sweeps(webhook_outcomes: Iterable[str]) -> None:
@@ -267,5 +275,7 @@ def expect_sweeps(webhook_outcomes: Iterable[str]) -> None:
         _RECOVERED.count(reason, by=0.0)
     for outcome in webhook_outcomes:
         _WEBHOOK_ATTEMPTS.count(outcome, by=0.0)
+        _WEBHOOK_DURATION.expect(outcome)
     for outcome in ("delivered", "exhausted"):
         _DELIVERIES.count(outcome, by=0.0)
+    _DELIVERY_DELAY.expect()

@@ -93,6 +93,12 @@ class Distributions:
             if trace_id is not None:
                 series.examples[bucket] = f' # {{trace_id="{trace_id}"}} {value!r} {time.time():.3f}'
 
+    def expect(self, *labels: str) -> None:
+        """Have the histogram appear, with nothing in it: of a series that begins with a value, nobody sees it grow."""
+        with self._guard:
+            if labels not in self._series:
+                self._begun(labels)
+
     def _begun(self, labels: Labels) -> _Distribution:
         name, given = self._metric.name, list(zip(self._metric.labels, labels, strict=True))
         every = (*self._metric.buckets, float("inf"))

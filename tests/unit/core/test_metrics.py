@@ -203,3 +203,19 @@ def test_the_time_limit_of_a_queue_is_the_longest_and_none_if_a_task_has_none() 
     assert limit() == 60
     metrics.expect_runs("limit.c", "limited", None)
     assert limit() is None
+
+
+def test_what_is_expected_is_there_and_empty_and_is_not_begun_anew() -> None:
+    metrics.expect_runs("awaited", "tomorrow", 1.0)
+    called = "taskqueue_task_queue_wait_seconds_count"
+    assert sampled(called, task="awaited", queue="tomorrow") == 0
+    metrics.attempt_started("awaited", "tomorrow", 0.5)
+    metrics.expect_runs("awaited", "tomorrow", 1.0)
+    assert sampled(called, task="awaited", queue="tomorrow") == 1
+    assert sampled("taskqueue_metric_events_dropped_total") is not None
+    metrics.expect_requests()
+    assert sampled("taskqueue_api_turned_away_total", reason="scope") is not None
+    assert sampled("taskqueue_outbox_publish_delay_seconds_count", kind="task") is not None
+    metrics.expect_sweeps(["success"])
+    assert sampled("taskqueue_webhook_delivery_delay_seconds_count") is not None
+    assert sampled("taskqueue_webhook_attempt_duration_seconds_count", outcome="success") is not None

@@ -69,6 +69,14 @@ openapi: $(VENV)/.dev ## Write docs/openapi.json anew: the API without sample ta
 metrics: $(VENV)/.dev ## Write docs/metrics.md anew, from the catalogue
 	@$(BIN)/python -m app.core.metrics.page > docs/metrics.md
 
+.PHONY: dashboards
+dashboards: $(VENV)/.dev ## Write Grafana's dashboards anew, charts/taskqueue/dashboards
+	@exec $(BIN)/python -m k8s.observability
+
+.PHONY: observe
+observe: $(VENV)/.dev ## Watch `make run` with a real Prometheus (on PATH), rules and alerts included; PROMETHEUS_PORT
+	@exec $(BIN)/python -m k8s.observability.prometheus
+
 .PHONY: demo-faults
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)

@@ -1,6 +1,7 @@
 """What `taskqueue dev` sets for its processes where the user set nothing: servers, secrets, defaults."""
 
 import base64
+import json
 import os
 import secrets
 import shlex
@@ -29,6 +30,9 @@ ENVIRONMENT_FILE = "env"
 """Where the data directory holds the settings in force, for programs beside the service."""
 
 METRICS_PORT = "TASKQUEUE_METRICS_PORT"
+
+TARGETS_FILE = "prometheus-targets.json"
+"""Where the data directory says whom a Prometheus on this machine would scrape, as its file_sd reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +86,24 @@ def plan(user: Mapping[str, str]) -> Plan:
         "TASKQUEUE_SECRET_KEY": directory.remembered(home / "secret-key", lambda: secrets.token_urlsafe(48)),
     }
     environment = {**DEFAULTS, **generated, **user, "TASKQUEUE_DATA_DIR": str(home)}
+    metrics_ports = _metrics_ports(user.get(METRICS_PORT))
     directory.keep(home / ENVIRONMENT_FILE, _as_shell(environment))
-    return Plan(
-        data_dir=home,
-        servers=tuple(servers.values()),
-        environment=environment,
-        metrics_ports=_metrics_ports(user.get(METRICS_PORT)),
-    )
+    directory.keep(home / TARGETS_FILE, targets(metrics_ports))
+    return Plan(data_dir=home, servers=tuple(servers.values()), environment=environment, metrics_ports=metrics_ports)
+
+
+def targets(metrics_ports: Mapping[str, int]) -> str:
+    """The processes' metrics for Prometheus's file_sd, under the names that the chart gives to jobs.
+
+    Args:
+        metrics_ports: TCP port by process; 0 serves none.
+    """
+    named = [
+        {"targets": [f"{ports.ADDRESS}:{port}"], "labels": {"job": f"taskqueue-{process}", "namespace": "local"}}
+        for process, port in metrics_ports.items()
+        if port
+    ]
+    return json.dumps(named, indent=2) + "\n"
 
 
 def _as_shell(environment: Mapping[str, str]) -> str:

@@ -1,0 +1,1 @@
+"""What runs the service on Kubernetes, and what generates some of it."""

@@ -39,7 +39,10 @@ from app.worker.slots import Slots
 SOCKET_TIMEOUT_SECONDS = 10
 BEAT_SECONDS = 2.0
 KEEPER_SILENCE_SECONDS = 10.0
-"""How long a keeper may not look before it is replaced; a start takes one or two of them."""
+"""How long a keeper that has looked may not look again before it is replaced."""
+KEEPER_START_SECONDS = 60.0
+"""How long a keeper may take to look for the first time. It takes one or two on a machine that has time for it; killed
+too early on one that has none, it would never come to look, nor would those after it."""
 REFUSAL_PAUSE_SECONDS = 0.25
 """How long a worker takes no message after one that it did not know, so that others are served first."""
 
@@ -98,6 +101,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
     def __init__(self, worker: Any, **options: Any) -> None:
         super().__init__(worker, **options)
         self._process: subprocess.Popen[bytes] | None = None
+        self._begun = 0.0
         self._timer: Any = None
 
     def start(self, worker: Any) -> None:
@@ -125,13 +129,18 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
 
     def _ensure(self) -> None:
         if self._process is not None and self._process.poll() is None:
-            if time.monotonic() - _slots().keeper_beat > max(KEEPER_SILENCE_SECONDS, _settings().lease_seconds / 3):
+            looked = _slots().keeper_beat
+            patience = KEEPER_SILENCE_SECONDS if looked > self._begun else KEEPER_START_SECONDS
+            if time.monotonic() - looked > max(patience, _settings().lease_seconds / 3):
                 log.error("the keeper has not looked for long and is killed")
                 self._process.kill()
             return
         if self._process is not None:
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
+            if self._process.stdin is not None:
+                self._process.stdin.close()
         _slots().beat()
+        self._begun = _slots().keeper_beat
         pipe = _told()
         command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid()), str(pipe.reader)]
         inherited = [_slots().fd, pipe.reader]

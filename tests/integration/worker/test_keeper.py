@@ -5,15 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import psutil
 import pytest
 import redis
 
-from app import broker, lifecycle
+from app import broker, celery_app, lifecycle
+from app.core import metrics
 from app.core.config import Settings
 from app.lifecycle import Claim
 from app.worker import slots
@@ -85,6 +88,64 @@ def test_a_keeper_that_does_not_look_any_more_is_replaced(running: Service) -> N
 
     view = running.ends(task_id)
     assert (view["status"], view["attempt"]) == ("SUCCESS", 1)
+
+
+@pytest.fixture
+def step(settings: Settings, memory: Slots, monkeypatch: pytest.MonkeyPatch) -> Iterator[celery_app.KeeperStep]:
+    """What a worker looks after its keeper with: this process is the worker."""
+    for name, value in {
+        "DATABASE_URL": settings.postgres_dsn,
+        "REDIS_URL": settings.redis_url.get_secret_value(),
+        "TASKQUEUE_AUTH_MODE": "none",
+        "TASKQUEUE_METRICS_PORT": "0",
+        "TASKQUEUE_LEASE_SECONDS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(celery_app, "_loaded", settings.model_copy(update={"lease_seconds": 1.0}))
+    monkeypatch.setattr(celery_app, "_shared", memory)
+    pipe = metrics.Pipe()
+    monkeypatch.setattr(celery_app, "_pipe", pipe)
+    one = celery_app.KeeperStep(None)
+    yield one
+    if one._process is not None:
+        one._process.kill()
+        one._process.communicate()
+    pipe.close()
+
+
+def started(step: celery_app.KeeperStep) -> psutil.Process:
+    """The keeper that is there after another look at it."""
+    step._ensure()
+    assert step._process is not None
+    return psutil.Process(step._process.pid)
+
+
+def test_a_keeper_that_starts_is_given_longer_than_one_that_falls_silent(
+    step: celery_app.KeeperStep, memory: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_app, "KEEPER_SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr(celery_app, "KEEPER_START_SECONDS", 3600.0)
+    keeper = started(step)
+    begun = memory.keeper_beat
+    keeper.suspend()
+    wait_until(lambda: time.monotonic() - begun > 0.5, what="more than a silence")
+    assert started(step) == keeper
+    keeper.resume()
+    # Nobody looks after it until it has looked itself: on a busy machine it may fall silent again.
+    wait_until(lambda: memory.keeper_beat > begun, 60, "its first look")
+    keeper.suspend()
+    wait_until(lambda: time.monotonic() - memory.keeper_beat > 0.5, what="its silence")
+    wait_until(lambda: started(step) != keeper, 60, "another keeper")
+
+
+def test_a_keeper_that_never_comes_to_look_is_replaced(
+    step: celery_app.KeeperStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_app, "KEEPER_SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(celery_app, "KEEPER_START_SECONDS", 0.5)
+    keeper = started(step)
+    keeper.suspend()
+    wait_until(lambda: started(step) != keeper, 60, "another keeper")
 
 
 @contextlib.contextmanager

@@ -53,6 +53,15 @@ def of_panels() -> Iterator[Expression]:
             yield Expression(f"{uid} / {mark['name']}", mark["expr"])
 
 
+def with_exemplars() -> Iterator[Expression]:
+    """The expressions whose points lead to traces."""
+    for uid, dashboard in dashboards().items():
+        for panel in panels(dashboard):
+            for target in panel["targets"]:
+                if target.get("exemplar"):
+                    yield Expression(f"{uid} / {panel['title']} / {target['refId']}", target["expr"])
+
+
 def of_variables() -> Iterator[tuple[Expression, str]]:
     """The selectors of the variables' queries, each with the label whose values are asked for."""
     for uid, dashboard in dashboards().items():

@@ -4,6 +4,7 @@ What it has seen: a success, a retry, a failure, a crash, webhooks that were tak
 and not, a submit that was refused, and a Redis that was away for a while.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from app.dev import environment, ports
 from tests.integration.worker.conftest import environment as variables
 from tests.observability import expressions
-from tests.support import servers
+from tests.support import otlp, servers
+from tests.support.otlp import Collector
 from tests.support.prometheus import MISSING, Prometheus
 from tests.support.proxy import Proxy, proxied
 from tests.support.receiver import Receiver
@@ -73,12 +75,13 @@ NEVER_SEEN = {
 
 
 class Watched:
-    """The service, its network to Redis, and the Prometheus that watches it."""
+    """The service, its network to Redis, and what watches it."""
 
-    def __init__(self, running: Service, redis: Proxy, prometheus: Prometheus) -> None:
+    def __init__(self, running: Service, redis: Proxy, prometheus: Prometheus, collector: Collector) -> None:
         self.running = running
         self.redis = redis
         self.prometheus = prometheus
+        self.collector = collector
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +100,27 @@ def watched(
         servers.database(session_servers.postgres, template=migrated_template) as postgres,
         proxied(next(session_redis_databases)) as redis,
         Prometheus(directory, directory / environment.TARGETS_FILE, _quick(directory)) as prometheus,
+        otlp.collector() as collector,
         service(
-            variables(postgres, redis.url, http) | SETTINGS, tmp_path_factory.mktemp("service"), changes
+            variables(postgres, redis.url, http) | SETTINGS | {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url},
+            tmp_path_factory.mktemp("service"),
+            changes,
         ) as running,
     ):
         running.start_all()
         prometheus.reaches('count(up{job=~"taskqueue-.+"} == 1) == 3', SECONDS)
         # Two looks at least at what was there before anything happened: else nothing could be seen to grow.
         prometheus.reaches("min(count_over_time(taskqueue_build_info[1m])) >= 2", SECONDS)
-        watched = Watched(running, redis, prometheus)
+        watched = Watched(running, redis, prometheus, collector)
         _live_a_little(watched)
         yield watched
 
 
-SETTINGS = {"TASKQUEUE_WEBHOOK_SCHEDULE": "0,1", "TASKQUEUE_LEASE_SECONDS": "10"}
+SETTINGS = {
+    "TASKQUEUE_WEBHOOK_SCHEDULE": "0,1",
+    "TASKQUEUE_LEASE_SECONDS": "10",
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
+}
 
 
 def _quick(directory: Path) -> list[Path]:
@@ -175,6 +185,18 @@ def test_every_panel_has_something_to_show(watched: Watched) -> None:
         wait_until(shown, 30.0, "something on every panel")
     except AssertionError:
         pytest.fail("\n".join(f"{one.where}: {_chosen(one.text)}" for one in empty))
+
+
+def test_the_points_of_latency_panels_lead_to_traces(watched: Watched) -> None:
+    marked = list(expressions.with_exemplars())
+    assert marked
+    for one in marked:
+        end = time.time()
+        found = watched.prometheus.ask("query_exemplars", query=_chosen(one.text), start=str(end - 600), end=str(end))
+        traces = {point["labels"]["trace_id"] for series in found for point in series["exemplars"]}
+        assert traces, one.where
+        # The newest of them may be on its way to the collector still.
+        wait_until(lambda: traces <= {span.trace for span in watched.collector.spans}, 30, one.where)  # noqa: B023  # now
 
 
 def test_every_variable_has_values_to_choose(watched: Watched) -> None:

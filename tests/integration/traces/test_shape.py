@@ -213,6 +213,41 @@ def test_every_attempt_has_one_outcome_line_and_every_line_is_json(running: Serv
     assert all(len(line["span_id"]) == 16 for line in told)
 
 
+def test_neither_lines_nor_spans_have_arguments_results_or_secrets(running: Service, collector: Collector) -> None:
+    mark = "s3cret-of-somebody"
+    refused = [
+        {"task": "sample.echo", "args": [1], "kwargs": {mark: mark}},
+        {"task": "sample.sleep", "args": [mark]},
+        {"task": mark},
+        {"task": "sample.echo", "args": [1], "webhook_url": f"ftp://{mark}/"},
+        {mark: mark},
+    ]
+    with Receiver([500, 200]) as receiver:
+        hook = f"{receiver.url}/{mark}?token={mark}"
+        ways: list[tuple[str, list[object], dict[str, object]]] = [
+            ("sample.echo", [mark], {"webhook_url": hook, "tags": [mark], "concurrency_key": mark}),
+            ("sample.fail", [mark], {"max_retries": 0, "webhook_url": hook}),
+            ("sample.fail", [mark], {"max_retries": 1}),
+            ("http_request", [f"{receiver.url}/{mark}", "POST", {"authorization": mark}, mark], {}),
+            ("http_request", [f"http://127.0.0.1:1/{mark}"], {"max_retries": 0}),
+            ("odd.result", [mark], {"max_retries": 0}),  # a KeyError, whose message is the argument
+            ("odd.attempts", [f"/{mark}/nowhere"], {"max_retries": 0}),
+        ]
+        tasks = [submitted(running, name, *given, **fields) for name, given, fields in ways]
+        for body in refused:
+            answer = running.http.post("/api/tasks/submit", json=body, headers={"authorization": f"Bearer {mark}"})
+            assert answer.status_code == 422, answer.text
+        for task_id, trace_id in tasks:
+            running.ends(UUID(task_id))
+            collector.wait_for(trace_id, attempts)
+        wait_until(lambda: len([one for one in receiver.requests if "webhook-id" in one.headers]) >= 3, 20, "webhooks")
+    otlp.settled_down(collector)
+    assert [line for line in _lines(running) if mark in json.dumps(line)] == []
+    assert [one for one in collector.spans if mark in str(one)] == []
+    ended = {line["task_id"] for line in _lines(running) if " ended " in line["message"] and "task_id" in line}
+    assert {task_id for task_id, _ in tasks} <= ended
+
+
 def test_no_span_of_500_tasks_is_an_orphan(running: Service, collector: Collector) -> None:
     def seldom(received: Received) -> int:
         return 503 if received.body[-1] % 7 == 0 and len(receiver.requests) % 5 == 0 else 200

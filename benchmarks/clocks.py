@@ -1,6 +1,6 @@
 """How much processor time others have taken, told finely enough for a round of a few tasks."""
 
-import sys
+import platform
 import time
 
 import psutil
@@ -17,7 +17,7 @@ def cpu_seconds(*processes: psutil.Process) -> float:
     Raises:
         OSError, psutil.NoSuchProcess: if one of them has ended.
     """
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return sum(time.clock_gettime((~one.pid << 3) | _OF_A_PROCESS) for one in processes)
     return sum(sum(one.cpu_times()[:2]) for one in processes)
 

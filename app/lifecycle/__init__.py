@@ -6,7 +6,16 @@ says what may not start yet, and `lines` is where that waits; `reads` answers
 questions, `census` counts, `retention` removes what is past its time. Callers use the names here.
 """
 
-from app.lifecycle.attempts import claim, reap, record_progress, renew, settle, settle_for
+from app.lifecycle.attempts import (
+    Unclaimed,
+    claim,
+    claim_or_hold,
+    reap,
+    record_progress,
+    renew,
+    settle,
+    settle_for,
+)
 from app.lifecycle.batch import remembered, submit_batch
 from app.lifecycle.census import QueueAges, QueueCounts, failed_counts, queue_ages, queue_counts
 from app.lifecycle.explaining import Explanation, Facts, Surroundings, explain, facts
@@ -156,6 +165,7 @@ __all__ = [
     "TaskView",
     "TimedOut",
     "Transition",
+    "Unclaimed",
     "announce",
     "as_submitted",
     "attempts",
@@ -165,6 +175,7 @@ __all__ = [
     "cancel",
     "cancel_job",
     "claim",
+    "claim_or_hold",
     "clock",
     "count_waiting",
     "counts",

@@ -5,6 +5,7 @@ attempt was superseded. All times are Postgres's own `now()`: no clock of ours
 decides anything.
 """
 
+import enum
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -130,19 +131,34 @@ asked AS MATERIALIZED (
 ), hook AS (
     {delivery.intend("claimed", _BEGUN)} ON CONFLICT DO NOTHING
 )
-SELECT {_TO_RUN}, {_WAITED}, CASE WHEN restricted THEN concurrency_key END AS limited_with FROM claimed
+SELECT {_TO_RUN}, {_WAITED}, CASE WHEN restricted THEN concurrency_key END AS limited_with,
+       EXISTS (SELECT FROM verdict WHERE hold_for IS NOT NULL) AS held
+  FROM quick LEFT JOIN claimed ON true
 """
 
 
+class Unclaimed(enum.Enum):
+    """Why there is nothing to run."""
+
+    STALE = enum.auto()
+    """The message was a duplicate, stale or early, or its task is cancelled, expired or unknown."""
+    HELD = enum.auto()
+    """The task is held: its queue is paused, or as many run as may."""
+
+
 async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_seconds: float) -> Claimed | None:
+    """As `claim_or_hold`, but that it gives None whyever there is nothing to run."""
+    found = await claim_or_hold(db, wanted, name=name, worker=worker, lease_seconds=lease_seconds)
+    return found if isinstance(found, Claimed) else None
+
+
+async def claim_or_hold(
+    db: Database, wanted: Claim, *, name: str, worker: str, lease_seconds: float
+) -> Claimed | Unclaimed:
     """Start attempt `wanted.attempt` of a waiting task.
 
     The name is part of the guard: a forged message must not run a row under
     another task's code. Safe to repeat with the same token.
-
-    Returns:
-        What to run; None if the message was a duplicate, stale, early, or its task is cancelled,
-        expired or unknown, or is held now: its queue is paused, or as many run as may.
     """
     arguments = (
         wanted.task_id,
@@ -157,7 +173,7 @@ async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_se
     if row is not None and row.get("limited"):
         row = await db.fetchrow(_CLAIM_ONE_BY_ONE, *arguments)
     if row is None or row["queue"] is None:
-        return None
+        return Unclaimed.HELD if row is not None and row.get("held") else Unclaimed.STALE
     return Claimed(
         claim=wanted,
         name=name,

@@ -239,8 +239,9 @@ def run_attempt(task: DurableTask) -> None:
         # Shown before it is claimed: if this process dies in between, the keeper knows what to settle.
         _show(Running(wanted, started=0.0, limit_seconds=0.0))
         claimed = _claim(task, wanted)
-        if claimed is None:
-            metrics.redelivered(_consumed_from(task))
+        if isinstance(claimed, lifecycle.Unclaimed):
+            if claimed is lifecycle.Unclaimed.STALE:
+                metrics.redelivered(_consumed_from(task))
             raise Ignore
         metrics.attempt_started(claimed.name, claimed.queue, claimed.waited_seconds)
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
@@ -286,11 +287,11 @@ def _wanted(task: DurableTask) -> Claim:
     raise Ignore
 
 
-def _claim(task: DurableTask, wanted: Claim) -> Claimed | None:
+def _claim(task: DurableTask, wanted: Claim) -> Claimed | lifecycle.Unclaimed:
     here = bridge.current()
     return here.run(
         db.insist(
-            lambda: lifecycle.claim(
+            lambda: lifecycle.claim_or_hold(
                 here.db, wanted, name=task.name, worker=_worker_name(), lease_seconds=here.settings.lease_seconds
             ),
             what="a claim",

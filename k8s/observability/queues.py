@@ -116,8 +116,8 @@ PAGE = Page(
                 Panel(
                     title="Messages that claimed nothing",
                     unit="ops",
-                    says="Duplicates and stale messages; harmless. Much of it without cancels, pauses and limits:"
-                    " more than this service writes to its Redis.",
+                    says="Duplicates and stale messages; harmless. Much of it without cancels: more than this service"
+                    " writes to its Redis.",
                     queries=(
                         Query(expr=rate("taskqueue_task_redeliveries_total", "queue", QUEUE), legend="{{queue}}"),
                     ),

@@ -17,7 +17,7 @@ from app.broker import Broker
 from app.core import errors, ids
 from app.core.config import Settings
 from app.db import Database
-from app.lifecycle import Claim, Claimed, Limits, Rate, Succeeded, decide
+from app.lifecycle import Claim, Claimed, Limits, Rate, Succeeded, Unclaimed, decide
 from app.relay import Relay
 from app.utils.webhook import Sender
 from benchmarks.calls import Side
@@ -65,6 +65,25 @@ async def test_a_claim_in_a_paused_queue_holds_its_row_and_running_tasks_go_on(d
     assert await held(db, runs, waits) == [None, "paused"]
     await end(db, running)
     assert await lifecycle.status(db, runs) == "SUCCESS"
+
+
+async def test_a_claim_that_is_held_is_told_from_one_that_is_stale(db: Database) -> None:
+    async def why(task_id: UUID, attempt: int = 1) -> Claimed | Unclaimed:
+        wanted = Claim(task_id, attempt, uuid4())
+        return await lifecycle.claim_or_hold(db, wanted, name="sample.echo", worker="test", lease_seconds=30.0)
+
+    waits, runs = await submitted(db), await submitted(db)
+    assert isinstance(await why(runs), Claimed)
+    assert await why(runs) is Unclaimed.STALE
+    await lifecycle.pause_queue(db, QUEUE)
+    assert await why(waits) is Unclaimed.HELD
+    assert await why(waits) is Unclaimed.HELD, "its message may come twice"
+    assert await why(waits, attempt=2) is Unclaimed.STALE
+    assert await why(runs) is Unclaimed.STALE
+    assert await why(uuid4()) is Unclaimed.STALE
+    await lifecycle.resume_queue(db, QUEUE)
+    await lifecycle.limit_queue(db, QUEUE, Limits(concurrency=1))
+    assert await why(waits) is Unclaimed.HELD
 
 
 async def test_what_is_held_is_left_alone_until_its_queue_is_resumed(db: Database) -> None:

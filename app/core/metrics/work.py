@@ -171,9 +171,9 @@ TASKS = (
         kind="counter",
         labels=("queue",),
         exported_by=(WORKER,),
-        says="Messages that claimed nothing: duplicates, stale ones, those of tasks that were cancelled, have expired"
-        " or are held by a limit.",
-        do="Harmless. A lot of it without cancels and limits: more than one thing writes to this Redis.",
+        says="Messages that claimed nothing: duplicates, stale ones, those of tasks that were cancelled or have"
+        " expired. One whose task is held by a pause or a limit is none of them.",
+        do="Harmless. A lot of it without cancels: more than one thing writes to this Redis.",
     ),
 )
 WORKERS = (

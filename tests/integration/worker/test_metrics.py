@@ -127,7 +127,7 @@ def test_counters_are_there_before_anything_has_happened(watched: Watched) -> No
 
 def test_requests_are_measured_by_their_route(watched: Watched) -> None:
     running = watched.running
-    task_id = running.submit("sample.echo", 1)
+    task_id = running.submit("sample.sleep", 0.0)
     running.ends(task_id, SECONDS)
     assert running.http.get("/api/nowhere/at/all").status_code == 404
     assert running.http.post("/api/tasks/submit", json={"task": "nobody"}).status_code == 422
@@ -145,7 +145,7 @@ def test_requests_are_measured_by_their_route(watched: Watched) -> None:
     assert found.total("http_server_active_requests") == 0
     assert found.of("taskqueue_db_pool_connections", state="idle")
     assert found.total("taskqueue_outbox_published_total", outcome="sent", kind="task") >= 1
-    assert found.total("taskqueue_submit_payload_bytes_count", task="sample.echo") >= 1
+    assert found.total("taskqueue_submit_payload_bytes_count", task="sample.sleep") >= 1
 
 
 def test_only_the_relay_exports_the_state_of_the_queues(watched: Watched) -> None:
@@ -177,6 +177,25 @@ def test_what_happens_while_the_keeper_is_away_is_counted(watched: Watched) -> N
     assert watched.look("worker").total("taskqueue_metric_events_dropped_total") == 0
 
 
+def test_messages_of_tasks_that_are_held_are_no_redeliveries(watched: Watched) -> None:
+    running, name = watched.running, "taskqueue_task_redeliveries_total"
+    before = watched.look("worker").total(name)
+    busy = [running.submit("sample.sleep", 1.0) for _ in range(2)]
+    for task_id in busy:
+        running.reaches(task_id, "STARTED", seconds=SECONDS)
+    waiting = [running.submit("sample.sleep", 0.0) for _ in range(5)]
+    assert running.http.post("/api/queues/default/pause").is_success
+    try:
+        for task_id in busy:
+            running.ends(task_id, SECONDS)
+        wait_until(lambda: running.http.get("/api/queues/default").json()["held"] == 5, SECONDS, "five that are held")
+    finally:
+        assert running.http.post("/api/queues/default/resume").is_success
+    for task_id in waiting:
+        running.ends(task_id, SECONDS)
+    assert watched.look("worker").total(name) == before
+
+
 def replace_children(watched: Watched, rounds: int) -> None:
     """Kill both children of the pool, and wait until they are replaced, so many times."""
     worker, name = watched.running.process("worker"), "taskqueue_worker_child_starts_total"
@@ -192,12 +211,12 @@ def stays_flat(watched: Watched, rounds: int) -> None:
     worker = psutil.Process(running.process("worker").pid)
     keeper = running.process("worker").keeper()
     assert keeper is not None
-    running.ends(running.submit("sample.echo", 1), SECONDS)
+    running.ends(running.submit("sample.sleep", 0.0), SECONDS)
     replace_children(watched, 1)
     before, files = watched.look("worker").series(), worker.num_fds() + keeper.num_fds()
 
     replace_children(watched, rounds)
-    running.ends(running.submit("sample.echo", 1), SECONDS)
+    running.ends(running.submit("sample.sleep", 0.0), SECONDS)
 
     assert watched.look("worker").series() == before
     # A connection may be in the making.

@@ -126,8 +126,8 @@ async def measured(
     return found
 
 
-def looks(names: int) -> list[float]:
-    """Seconds of CPU that each of several looks at the metrics of a worker with so many tasks takes."""
+def looks(names: int, times: int = LOOKS) -> list[float]:
+    """Seconds of CPU that each of so many looks at the metrics of a worker with so many tasks takes."""
     for name in (f"reports.render_{number:04d}" for number in range(names)):
         metrics.expect_runs(name, "default", None)
         for outcome, exception in (("succeeded", None), ("failed", "ValueError"), ("retried", "OSError")):
@@ -139,7 +139,7 @@ def looks(names: int) -> list[float]:
     close = metrics.serve(port, "worker")
     took = []
     with httpx.Client() as client:
-        for _ in range(LOOKS):
+        for _ in range(times):
             # Of this whole process: who looks is in it, too.
             began = time.process_time()
             client.get(f"http://{ports.ADDRESS}:{port}/metrics").raise_for_status()

@@ -27,14 +27,27 @@ class Watched:
     def __init__(self, running: Service, metrics_ports: dict[str, int]) -> None:
         self.running = running
         self.ports = metrics_ports
+        self.before: dict[str, Scrape] = {}
+
+    def begin(self) -> None:
+        """Count from here: other tests have used this service."""
+        self.before = {process: self.look(process) for process in self.ports}
+
+    def grown(self, process: str, name: str, **labels: str) -> float:
+        """By how much the sum of some series has grown since `begin`."""
+        return self.look(process).total(name, **labels) - self.before[process].total(name, **labels)
 
     def look(self, process: str) -> Scrape:
         return Scrape(self.ports[process])
 
     def reaches(self, process: str, wanted: float, name: str, **labels: str) -> None:
-        """Wait until the sum of some series is what it should be, and no more."""
-        wait_until(lambda: self.look(process).total(name, **labels) >= wanted, SECONDS, f"{name} {labels}")
-        assert self.look(process).total(name, **labels) == wanted, (name, labels)
+        """Wait until the sum of some series has grown by what it should, and no more."""
+        wait_until(lambda: self.grown(process, name, **labels) >= wanted, SECONDS, f"{name} {labels}")
+        assert self.grown(process, name, **labels) == wanted, (name, labels)
+
+
+ATTEMPTS = "taskqueue_task_attempts_total"
+"""Each test waits for those that it has made: they are counted a moment after they have ended."""
 
 
 def answers(port: int) -> bool:
@@ -67,7 +80,7 @@ def watched(
 
 def test_every_outcome_is_counted_once(watched: Watched) -> None:
     running = watched.running
-    before = watched.look("worker")
+    watched.begin()
     with Receiver() as receiver:
         good = [running.submit("sample.echo", n, webhook_url=receiver.url) for n in range(3)]
         flaky = running.submit("sample.flaky", 1)
@@ -78,38 +91,38 @@ def test_every_outcome_is_counted_once(watched: Watched) -> None:
         assert running.http.post(f"/api/tasks/{waiting}/cancel").status_code == 200
         for one in (*good, flaky, failed, timed_out):
             running.ends(one, SECONDS)
-        attempts = "taskqueue_task_attempts_total"
         finished = "taskqueue_tasks_finished_total"
-        watched.reaches("worker", 3, attempts, task="sample.echo", outcome="succeeded", queue="default")
+        watched.reaches("worker", 3, ATTEMPTS, task="sample.echo", outcome="succeeded", queue="default")
         watched.reaches("worker", 3, finished, task="sample.echo", outcome="succeeded")
-        watched.reaches("worker", 1, attempts, task="sample.flaky", outcome="retried")
-        watched.reaches("worker", 1, attempts, task="sample.flaky", outcome="succeeded")
+        watched.reaches("worker", 1, ATTEMPTS, task="sample.flaky", outcome="retried")
+        watched.reaches("worker", 1, ATTEMPTS, task="sample.flaky", outcome="succeeded")
         watched.reaches("worker", 1, finished, task="sample.flaky", outcome="succeeded")
-        watched.reaches("worker", 1, attempts, task="odd.raise", outcome="failed")
-        watched.reaches("worker", 1, attempts, task="sample.sleep", outcome="timed_out")
+        watched.reaches("worker", 1, ATTEMPTS, task="odd.raise", outcome="failed")
+        watched.reaches("worker", 1, ATTEMPTS, task="sample.sleep", outcome="timed_out")
         watched.reaches("worker", 1, finished, task="sample.sleep", outcome="timed_out")
-        wait_until(
-            lambda: watched.look("worker").total(attempts, task="odd.log", outcome="lost") >= 1, SECONDS, "the crash"
-        )
+        wait_until(lambda: watched.grown("worker", ATTEMPTS, task="odd.log", outcome="lost") >= 1, SECONDS, "the crash")
         running.ends(crashing, SECONDS)
-        watched.reaches("worker", 3, attempts, task="odd.log", outcome="lost")
+        watched.reaches("worker", 3, ATTEMPTS, task="odd.log", outcome="lost")
         watched.reaches("worker", 1, finished, task="odd.log", outcome="lost")
         watched.reaches("api", 1, finished, task="sample.sleep", outcome="cancelled")
         watched.reaches("relay", 3, "taskqueue_webhook_deliveries_total", outcome="delivered")
         watched.reaches("relay", 3, "taskqueue_webhook_attempts_total", outcome="success")
         watched.reaches("relay", 3, "taskqueue_webhook_delivery_delay_seconds_count")
 
-    now = watched.look("worker")
-    started = now.total("taskqueue_task_attempts_started_total") - before.total("taskqueue_task_attempts_started_total")
-    assert started == now.total(attempts) - before.total(attempts) == 3 + 2 + 1 + 1 + 3
-    assert now.total("taskqueue_task_exceptions_total", exception="WorkerLost", task="odd.log") == 3
-    assert now.total("taskqueue_task_exceptions_total", exception="SampleError", task="sample.flaky") == 1
-    assert now.total("taskqueue_task_queue_wait_seconds_count", task="sample.echo") == 3
-    assert now.total("taskqueue_task_run_duration_seconds_count", task="sample.echo", outcome="succeeded") == 3
-    limit = now.total("taskqueue_task_run_duration_seconds_sum", task="sample.sleep", outcome="timed_out")
+    started = watched.grown("worker", "taskqueue_task_attempts_started_total")
+    assert started == watched.grown("worker", ATTEMPTS) == 3 + 2 + 1 + 1 + 3
+    assert watched.grown("worker", "taskqueue_task_exceptions_total", exception="WorkerLost", task="odd.log") == 3
+    assert watched.grown("worker", "taskqueue_task_exceptions_total", exception="SampleError", task="sample.flaky") == 1
+    assert watched.grown("worker", "taskqueue_task_queue_wait_seconds_count", task="sample.echo") == 3
+    assert (
+        watched.grown("worker", "taskqueue_task_run_duration_seconds_count", task="sample.echo", outcome="succeeded")
+        == 3
+    )
+    limit = watched.grown("worker", "taskqueue_task_run_duration_seconds_sum", task="sample.sleep", outcome="timed_out")
     assert 0.5 <= limit < 10
-    end_to_end = now.total("taskqueue_task_end_to_end_seconds_sum", task="sample.flaky")
+    end_to_end = watched.grown("worker", "taskqueue_task_end_to_end_seconds_sum", task="sample.flaky")
     assert end_to_end > 0.0
+    now = watched.look("worker")
     assert now.total("taskqueue_worker_slots", pool="default") == 2
     assert now.total("taskqueue_worker_queue_info", pool="default", queue="default") == 1
     assert now.total("process_resident_memory_bytes") > 0
@@ -127,8 +140,10 @@ def test_counters_are_there_before_anything_has_happened(watched: Watched) -> No
 
 def test_requests_are_measured_by_their_route(watched: Watched) -> None:
     running = watched.running
+    watched.begin()
     task_id = running.submit("sample.sleep", 0.0)
     running.ends(task_id, SECONDS)
+    watched.reaches("worker", 1, ATTEMPTS, task="sample.sleep", outcome="succeeded")
     assert running.http.get("/api/nowhere/at/all").status_code == 404
     assert running.http.post("/api/tasks/submit", json={"task": "nobody"}).status_code == 422
     assert running.http.request("PROPFIND", "/healthz").status_code == 405
@@ -167,19 +182,20 @@ def test_what_happens_while_the_keeper_is_away_is_counted(watched: Watched) -> N
     worker = watched.running.process("worker")
     keeper = worker.keeper()
     assert keeper is not None
+    watched.begin()
     # Stopped, it reads nothing; killed, the next one reads what has waited in the pipe.
     keeper.send_signal(signal.SIGSTOP)
     for one in [watched.running.submit("sample.large", 10) for _ in range(5)]:
         watched.running.ends(one, SECONDS)
     keeper.kill()
     wait_until(lambda: answers(watched.ports["worker"]), SECONDS, "the next keeper")
-    watched.reaches("worker", 5, "taskqueue_task_attempts_total", task="sample.large", outcome="succeeded")
+    watched.reaches("worker", 5, ATTEMPTS, task="sample.large", outcome="succeeded")
     assert watched.look("worker").total("taskqueue_metric_events_dropped_total") == 0
 
 
 def test_messages_of_tasks_that_are_held_are_no_redeliveries(watched: Watched) -> None:
-    running, name = watched.running, "taskqueue_task_redeliveries_total"
-    before = watched.look("worker").total(name)
+    running = watched.running
+    watched.begin()
     busy = [running.submit("sample.sleep", 1.0) for _ in range(2)]
     for task_id in busy:
         running.reaches(task_id, "STARTED", seconds=SECONDS)
@@ -193,17 +209,18 @@ def test_messages_of_tasks_that_are_held_are_no_redeliveries(watched: Watched) -
         assert running.http.post("/api/queues/default/resume").is_success
     for task_id in waiting:
         running.ends(task_id, SECONDS)
-    assert watched.look("worker").total(name) == before
+    watched.reaches("worker", 7, ATTEMPTS, task="sample.sleep", outcome="succeeded")
+    assert watched.grown("worker", "taskqueue_task_redeliveries_total") == 0
 
 
 def replace_children(watched: Watched, rounds: int) -> None:
     """Kill both children of the pool, and wait until they are replaced, so many times."""
     worker, name = watched.running.process("worker"), "taskqueue_worker_child_starts_total"
     for _ in range(rounds):
-        wanted = watched.look("worker").total(name) + 2
+        watched.begin()
         for child in worker.children():
             child.kill()
-        watched.reaches("worker", wanted, name)
+        watched.reaches("worker", 2, name)
 
 
 def stays_flat(watched: Watched, rounds: int) -> None:
@@ -217,6 +234,7 @@ def stays_flat(watched: Watched, rounds: int) -> None:
 
     replace_children(watched, rounds)
     running.ends(running.submit("sample.sleep", 0.0), SECONDS)
+    watched.reaches("worker", 1, ATTEMPTS, task="sample.sleep", outcome="succeeded")
 
     assert watched.look("worker").series() == before
     # A connection may be in the making.

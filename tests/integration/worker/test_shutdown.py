@@ -75,8 +75,9 @@ def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(runni
     try:
         began = time.monotonic()
         worker.signal(signal.SIGKILL)
-        wait_until(lambda: running.view(task_id)["attempt"] == 2, 8, "the second attempt")
-        assert time.monotonic() - began < 5
+        wait_until(lambda: running.view(task_id)["attempt"] == 2, 25, "the second attempt")
+        # A moment, and no part of the lease; the machine may have little time for it.
+        assert time.monotonic() - began < 15
         view = running.ends(task_id)
     finally:
         successor.stop()

@@ -60,8 +60,7 @@ def new_task(
     )
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def _unique_key(owner: str, entry: catalog.Entry, wanted: schemas.SubmitRequest) -> bytes:

@@ -19,7 +19,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 
 from app import db, lifecycle, tally
@@ -109,14 +108,15 @@ class Publisher:
         while self._bells:
             # They leave the line once they are pushed: if this is cancelled in between, the last flush repeats it.
             now = time.monotonic()
-            # They were due when they were rung, which is as they were committed.
-            batch = [replace(bell, due_seconds=now - rung) for bell, rung in islice(self._bells, BATCH)]
-            for queue in dict.fromkeys(bell.queue for bell in batch):
-                await self._push(queue, [bell for bell in batch if bell.queue == queue])
+            batch = list(islice(self._bells, BATCH))
+            for queue in dict.fromkeys(bell.queue for bell, _ in batch):
+                some = [(bell, rung) for bell, rung in batch if bell.queue == queue]
+                # They were due when they were rung, which is as they were committed.
+                await self._push(queue, [bell for bell, _ in some], [now - rung for _, rung in some])
             for _ in batch:
                 self._bells.popleft()
 
-    async def _push(self, queue: str, bells: Sequence[lifecycle.Bell]) -> None:
+    async def _push(self, queue: str, bells: Sequence[lifecycle.Bell], due_seconds: Sequence[float] = ()) -> None:
         if not self._down:
             try:
                 with tracing.send(queue, bells):
@@ -126,7 +126,7 @@ class Publisher:
                 metrics.published(len(bells), "error", [])
                 log.warning("submits go on without Redis; the relay will publish them: %s", away)
             else:
-                tally.count_published(bells)
+                tally.count_published(bells, due_seconds=due_seconds)
                 self._saw(queue, depth)
                 return
         # If Postgres is away as well, the rows keep their stamp and the search for lost messages finds them.

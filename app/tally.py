@@ -89,9 +89,15 @@ def count_ends(ended: Iterable[lifecycle.Ended]) -> None:
         metrics.task_finished(one.name, one.queue, task_outcome(one), one.seconds)
 
 
-def count_published(bells: Sequence[lifecycle.Bell], *, lost: bool = False) -> None:
-    """Count messages that Redis has taken with one command; `lost` are those that it had lost."""
-    delays = [bell.due_seconds for bell in bells if bell.due_seconds is not None]
+def count_published(bells: Sequence[lifecycle.Bell], *, due_seconds: Sequence[float] = (), lost: bool = False) -> None:
+    """Count messages that Redis has taken with one command.
+
+    Args:
+        bells: the messages.
+        due_seconds: since when they have been due, for those that don't say so themselves.
+        lost: Redis had lost them.
+    """
+    delays = [*due_seconds, *(bell.due_seconds for bell in bells if bell.due_seconds is not None)]
     metrics.published(len(bells), "sent", delays)
     late = len(bells) if lost else sum(delay > LATE_SECONDS for delay in delays)
     if late:

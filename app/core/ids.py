@@ -1,6 +1,6 @@
 """Ids are made in Python, so that nothing newer than PostgreSQL 15 is needed."""
 
-import secrets
+import os
 import time
 from uuid import UUID
 
@@ -12,6 +12,6 @@ def uuid7() -> UUID:
     reveal when they were made and are never a secret.
     """
     milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds & ((1 << 48) - 1)) << 80 | secrets.randbits(80)
+    value = (milliseconds & ((1 << 48) - 1)) << 80 | int.from_bytes(os.urandom(10), "big")
     value = value & ~(0xF << 76) | (0x7 << 76)
     return UUID(int=value & ~(0x3 << 62) | (0x2 << 62))

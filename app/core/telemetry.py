@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -103,7 +102,8 @@ def current_traceparent(headers: Mapping[str, str]) -> str:
         return tracing.written(context)
     caller = tracing.parsed(headers.get("traceparent"))
     if caller is None:
-        return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
+        fresh = os.urandom(24).hex()
+        return f"00-{fresh[:32]}-{fresh[32:]}-00"
     # Where requests are recorded this one is not: whatever its caller says, nothing of its tasks is.
     return f"{tracing.written(caller)[:-2]}00" if tracing.recording() else tracing.written(caller)
 

@@ -177,7 +177,7 @@ def _parsed(text: str, limits: Limits) -> Any:
     if text.count(",") > limits.items:
         _count_commas(text, limits)
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_int=_int, parse_constant=_constant)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as bad:
         where = f"line {bad.lineno}, column {bad.colno}"
         raise errors.MalformedBody(f"The body is not JSON: {bad.msg} ({where})") from None
@@ -229,6 +229,9 @@ def _int(digits: str) -> int | _Refused:
 
 def _constant(_: str) -> _Refused:
     return _Refused("NaN and Infinity are not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_int=_int, parse_constant=_constant)
 
 
 def check(body: Any, limits: Limits = LIMITS) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncIterator
 
@@ -15,6 +16,7 @@ from app.core import metrics, telemetry
 from app.core.config import Settings
 from app.core.stopping import hearing, stop
 from app.db import Database
+from app.gathering import Gathering, Statuses, Submits
 from app.keys import Masters
 from app.publisher import Publisher
 from app.routers import (
@@ -25,6 +27,7 @@ from app.routers import (
     following,
     health,
     jobs,
+    lanes,
     listing,
     measuring,
     methods,
@@ -51,6 +54,9 @@ MAX_CONNECTIONS = 10
 MAX_REDIS_CONNECTIONS = 5
 """One of them listens."""
 RING_AGAIN_SECONDS = 1.0
+GARBAGE_THRESHOLDS = (20_000, 50, 100)
+"""Of Python's collector, where the usual ones are (700, 10, 10): a request makes hardly any cycles, and a collection of
+all that an API has loaded takes longer than answering a hundred of them."""
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +113,7 @@ def create_app(settings: Settings) -> FastAPI:
     if not open_to_all:
         api.include_router(documentation.router)
     methods.install(api)
+    lanes.install(api)
     problems.install(api)
     openapi.install(api, catalog_routes.ANY)
     door.install(api, settings)
@@ -150,11 +157,17 @@ class _Lifespan:
             stack.push_async_callback(stop, asyncio.create_task(_keep_watching(watch)))
             stack.callback(watch.close)
             stack.enter_context(hearing(watch.close))
+            # What is there now stays, so no collection looks at it again.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GARBAGE_THRESHOLDS)
             yield State(
                 settings=settings,
                 db=db,
                 broker=broker,
                 publisher=publisher,
+                submits=Gathering(Submits(db)),
+                statuses=Gathering(Statuses(db)),
                 backlog=backlog,
                 rules=EgressRules.from_settings(settings),
                 readiness=health.Readiness(db, broker, needed_revision=migrations.head()),

@@ -64,6 +64,7 @@ from app.lifecycle.reads import (
     results,
     snapshots,
     status,
+    statuses,
     unfinished_queues,
     view,
 )
@@ -223,6 +224,7 @@ __all__ = [
     "settle_for",
     "snapshots",
     "status",
+    "statuses",
     "step",
     "submit",
     "submit_batch",

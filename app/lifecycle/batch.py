@@ -152,28 +152,32 @@ async def _insert(db: Database, arguments: tuple[object, ...]) -> list[Record]:
 
 
 def _row(new: NewTask) -> dict[str, object]:
-    return {
+    """What is not there is NULL, or the column's default: a plain task is not made to say what it does not have."""
+    row: dict[str, object] = {
         "id": str(new.id),
         "name": new.name,
         "queue": new.queue,
         "args": new.args,
         "kwargs": new.kwargs,
-        "tags": new.tags,
-        "webhook_url": new.webhook_url,
-        "webhook_events": new.webhook_events,
         "max_retries": new.max_retries,
-        "time_limit": new.time_limit,
         "traceparent": new.traceparent,
         "owner": new.owner,
+        "tags": new.tags,
         "delay_seconds": new.delay_seconds,
-        "due_at": None if new.due_at is None else new.due_at.isoformat(),
-        "expires_in_seconds": new.expires_in_seconds,
-        "expires_at": None if new.expires_at is None else new.expires_at.isoformat(),
-        "unique_key": None if new.unique_key is None else new.unique_key.hex(),
-        "unique_for_seconds": new.unique_for_seconds,
-        "rerun_of": None if new.rerun_of is None else str(new.rerun_of),
         "concurrency_key": new.stored_key,
     }
+    for name in ("webhook_url", "webhook_events", "time_limit", "expires_in_seconds", "unique_for_seconds"):
+        if (value := getattr(new, name)) is not None:
+            row[name] = value
+    if new.due_at is not None:
+        row["due_at"] = new.due_at.isoformat()
+    if new.expires_at is not None:
+        row["expires_at"] = new.expires_at.isoformat()
+    if new.unique_key is not None:
+        row["unique_key"] = new.unique_key.hex()
+    if new.rerun_of is not None:
+        row["rerun_of"] = str(new.rerun_of)
+    return row
 
 
 def _bell(new: NewTask, position: int) -> Bell:

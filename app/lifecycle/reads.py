@@ -135,6 +135,16 @@ async def status(db: Database, task_id: UUID, *, owner: str = "") -> TaskStatus 
     return None if found is None else TaskStatus(found)
 
 
+_STATUSES = "SELECT id, owner, status FROM task WHERE id = ANY($1::uuid[])"
+
+
+async def statuses(db: Database, wanted: Sequence[tuple[UUID, str]]) -> list[TaskStatus | None]:
+    """The status of each of these tasks of these owners, in their order; None where an owner has no such task."""
+    rows = await db.fetch(_STATUSES, list({task_id for task_id, _ in wanted}))
+    found = {(row["id"], row["owner"]): TaskStatus(row["status"]) for row in rows}
+    return [found.get(one) for one in wanted]
+
+
 _HOW = "SELECT id, status, result, error_type, error_message, error_traceback FROM task"
 _RESULT = f"{_HOW} WHERE id = $1 AND owner = $2"
 _RESULTS = f"{_HOW} WHERE id = ANY($1::uuid[])"

@@ -115,7 +115,9 @@ async def accept(
         DatabaseUnavailable: if Postgres is away; the tasks may be there all the same, as the same key will tell.
     """
     try:
-        new = [replace(one, rerun_of=rerun_of) for one in await _new_tasks(request, state, caller, wanted, place)]
+        new = await _new_tasks(request, state, caller, wanted, place)
+        if rerun_of is not None:
+            new = [replace(one, rerun_of=rerun_of) for one in new]
         state["backlog"].admit(len(new))
     except errors.RequestError:
         # What was accepted once is answered again, even if it would be refused now.
@@ -132,7 +134,7 @@ async def _accept_plain(state: State, new: lifecycle.NewTask, traced_before: str
     with tracing.create(new.queue, task=new.name, task_id=new.id, reruns=traced_before) as traceparent:
         if traceparent is not None:
             new = replace(new, traceparent=traceparent)
-        bell = await lifecycle.submit(state["db"], new, hold_back=publisher.away(new.queue))
+        bell = await state["submits"].ask((new, publisher.away(new.queue)))
     state["backlog"].accepted()
     if bell is not None:
         publisher.ring(bell)

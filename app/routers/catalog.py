@@ -96,12 +96,11 @@ async def read_catalog_entry(name: TaskName, state: Resources, caller: door.Read
 @router.post(
     "/{name}",
     status_code=202,
+    response_model=schemas.TaskCreated,
     responses=openapi.ACCEPTED | problems.responses(400, 404, 413, 415, 422, 503),
     openapi_extra={"parameters": _PARAMETERS, **_ANY_ARGUMENTS},
 )
-async def submit_by_name(
-    name: TaskName, request: Request, response: Response, state: Resources, caller: door.Writer
-) -> schemas.TaskCreated:
+async def submit_by_name(name: TaskName, request: Request, state: Resources, caller: door.Writer) -> Response:
     """Submit a task with the arguments as the body. What a submit may say besides stands in the query."""
     entry = _entry(name)
     with metrics.counting_rejections():
@@ -110,7 +109,7 @@ async def submit_by_name(
         key = admission.key_of(request, caller, posted.value, options)
         wanted = _wanted(entry, posted.value, options)
         accepted = await admission.accept(request, state, caller, [wanted], key=key, place=_in_arguments)
-    return created(accepted, response)
+    return created(accepted)
 
 
 def _entry(name: str) -> catalog.Entry:

@@ -104,9 +104,12 @@ class Needs(SecurityBase):
         return _ANYBODY if door is None else await door.admit(request, self.scope, self._budget)
 
 
-Reader = Annotated[Caller, Security(Needs(Scope.TASKS_READ), scopes=[Scope.TASKS_READ.value])]
+READS = Needs(Scope.TASKS_READ)
+WRITES = Needs(Scope.TASKS_WRITE)
+
+Reader = Annotated[Caller, Security(READS, scopes=[Scope.TASKS_READ.value])]
 """The parameter of a route that reads tasks."""
-Writer = Annotated[Caller, Security(Needs(Scope.TASKS_WRITE), scopes=[Scope.TASKS_WRITE.value])]
+Writer = Annotated[Caller, Security(WRITES, scopes=[Scope.TASKS_WRITE.value])]
 """The parameter of a route that submits tasks, or changes them."""
 WebhookKeeper = Annotated[Caller, Security(Needs(Scope.WEBHOOKS), scopes=[Scope.WEBHOOKS.value])]
 """The parameter of a route that acts on webhooks, or is about their secrets."""

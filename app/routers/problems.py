@@ -128,7 +128,11 @@ async def _unavailable(request: Request, _: errors.DatabaseUnavailable) -> Respo
 
 async def _invalid_request(request: Request, invalid: RequestValidationError) -> Response:
     # Locations begin with where the value was, which is the whole document here: {"path": {"id": …}}.
-    document = {"path": request.path_params, "query": dict(request.query_params)}
+    document = {
+        "path": request.path_params,
+        "query": dict(request.query_params),
+        "header": dict(request.headers),
+    }
     faults = field_errors(invalid.errors(), document)
     faults = [errors.FieldError(_within(fault.pointer), fault.detail) for fault in faults]
     return await _request_error(request, errors.ValidationFailed(faults))

@@ -35,12 +35,11 @@ router = APIRouter(prefix=PATH, tags=["tasks"])
 @router.post(
     f"{ONE}/rerun",
     status_code=202,
+    response_model=schemas.TaskCreated,
     responses=openapi.ACCEPTED | problems.responses(400, 404, 409, 410, 413, 415, 422, 503),
     openapi_extra={"parameters": [dict(openapi.KEY_PARAMETER)]} | _declared(),
 )
-async def rerun(
-    task_id: TaskId, request: Request, response: Response, state: Resources, caller: door.Writer
-) -> schemas.TaskCreated:
+async def rerun(task_id: TaskId, request: Request, state: Resources, caller: door.Writer) -> Response:
     """Submit an ended task again, as it was or with changes. The old one stays as it is; the new one names it.
 
     It is due now, and never expires, unless the body says otherwise. Each call makes another task, but for those under
@@ -58,7 +57,7 @@ async def rerun(
         accepted = await admission.accept(
             request, state, caller, [wanted], key=key, rerun_of=task_id, traced_before=old.traceparent
         )
-    return created(accepted, response)
+    return created(accepted)
 
 
 def _changed(old: lifecycle.Original, changes: dict[str, Any]) -> Body:

@@ -56,25 +56,26 @@ _STATUS: dict[int | str, dict[str, Any]] = {
 @router.post(
     "/submit",
     status_code=202,
+    response_model=schemas.TaskCreated,
     responses=openapi.ACCEPTED | problems.responses(400, 413, 415, 422, 503),
     openapi_extra=_SUBMIT_BODY,
 )
-async def submit(request: Request, response: Response, state: Resources, caller: door.Writer) -> schemas.TaskCreated:
+async def submit(request: Request, state: Resources, caller: door.Writer) -> Response:
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""
     with metrics.counting_rejections():
         posted = await body.read(request)
         wanted = body.parsed(posted, schemas.SubmitRequest)
         key = admission.key_of(request, caller, posted.value)
         accepted = await admission.accept(request, state, caller, [wanted], key=key)
-    return created(accepted, response)
+    return created(accepted)
 
 
-def created(accepted: admission.Accepted, response: Response) -> schemas.TaskCreated:
-    """The answer to whoever submitted one task."""
+def created(accepted: admission.Accepted) -> Response:
+    """The answer to whoever submitted one task, a `schemas.TaskCreated`."""
     [task_id] = accepted.task_ids
+    response = Response(f'{{"task_id":"{task_id}"}}', 202, {"Location": f"{PATH}/{task_id}"}, "application/json")
     accepted.tell(response)
-    response.headers["Location"] = f"{PATH}/{task_id}"
-    return schemas.TaskCreated(task_id=task_id)
+    return response
 
 
 @router.post(
@@ -116,7 +117,7 @@ async def read_status(
     if_none_match: Annotated[str | None, Header(max_length=2000)] = None,
 ) -> Response:
     """Where the task is in its life. With the `ETag` of an earlier answer in `If-None-Match`, only what is new."""
-    found = await lifecycle.status(state["db"], task_id, owner=caller.owner)
+    found = await state["statuses"].ask((task_id, caller.owner))
     if found is None:
         raise await absent(task_id, state, caller)
     # The status is all that the answer says, so it tells answers apart, byte for byte.

@@ -1,0 +1,82 @@
+"""The short ways to a submit and to a status: nobody can tell them from the usual ones."""
+
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from starlette.routing import Match
+
+from app.main import create_app
+from app.routers import lanes
+from tests.integration.routers.test_tasks import assert_problem
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that took a lane."""
+    found: list[str] = []
+    handle = lanes.Lane.handle
+
+    async def noted(self: lanes.Lane, scope: Any, receive: Any, send: Any) -> None:
+        found.append(scope["path"])
+        await handle(self, scope, receive, send)
+
+    monkeypatch.setattr(lanes.Lane, "handle", noted)
+    return found
+
+
+def seen(answer: httpx.Response) -> tuple[int, dict[str, str], Any]:
+    headers = {name: value for name, value in answer.headers.items() if name not in {"date", "location", "x-trace-id"}}
+    return answer.status_code, headers, answer.json() if answer.content else None
+
+
+async def test_both_ways_give_the_same_answers(api: httpx.AsyncClient, taken: list[str]) -> None:
+    bodies: list[Any] = [{}, {"task": "sample.echo", "args": [1]}, {"task": "nobody"}, {"args": 7}, [1], "text"]
+    for body in bodies:
+        short = await api.post("/api/tasks/submit", json=body)
+        usual = await api.post("/api/tasks/submit?usual", json=body)
+        one, other = seen(short), seen(usual)
+        if short.status_code == 202:
+            assert one[2].keys() == other[2].keys() == {"task_id"}
+            assert short.headers["location"] == f"/api/tasks/{one[2]['task_id']}"
+            one, other = one[:2], other[:2]  # type: ignore[assignment]  # the ids differ
+        assert one == other
+    assert taken == ["/api/tasks/submit"] * len(bodies)
+    taken.clear()
+    known = (await api.post("/api/tasks/submit")).json()["task_id"]
+    for task_id in (known, str(uuid4())):
+        for headers in ({}, {"If-None-Match": '"PENDING"'}, {"If-None-Match": '"SUCCESS"'}):
+            short = await api.get(f"/api/tasks/{task_id}/status", headers=headers)
+            usual = await api.get(f"/api/tasks/{task_id.upper()}/status", headers=headers)
+            assert seen(short) == seen(usual)
+    assert len([path for path in taken if path.endswith("/status")]) == 6
+    assert known.upper() not in "".join(taken)
+
+
+async def test_what_is_not_plain_goes_the_usual_way(api: httpx.AsyncClient, taken: list[str]) -> None:
+    assert_problem(await api.get("/api/tasks/nobody/status"), 422, "/id")
+    assert_problem(await api.get("/api/tasks/submit"), 405)
+    assert (await api.put("/api/tasks/submit")).status_code == 405
+    some = str(uuid4())
+    long = {"If-None-Match": '"' + "x" * 2001 + '"'}
+    assert_problem(await api.get(f"/api/tasks/{some}/status", headers=long), 422, "/if-none-match")
+    assert (await api.delete(f"/api/tasks/{some}/status")).status_code == 405
+    assert (await api.get(f"/api/tasks/{some}/status/")).status_code == 404
+    assert taken == []
+
+
+def test_a_lane_is_called_as_its_route_is(api_settings: Any) -> None:
+    """Metrics and traces name a request by the route that matched."""
+    api = create_app(api_settings)
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": f"/api/tasks/{uuid4()}/status",
+        "query_string": b"",
+        "headers": [],
+    }
+    found = next(route for route in api.router.routes if route.matches(dict(scope))[0] is Match.FULL)
+    assert isinstance(found, lanes.Lane)
+    assert found.path == "/api/tasks/{id}/status"
+    assert found.matches(dict(scope))[1]["route"].path == "/api/tasks/{id}/status"

@@ -1,0 +1,145 @@
+"""Submits that share statements: all are stored, each is answered for itself, and nobody waits for a timer."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from app import lifecycle
+from app.core import errors, ids
+from app.core.config import Settings
+from app.db import Database, Record
+from app.gathering import BATCH, LANES, Gathering, Statuses, Submits
+from tests.support.database import opened
+
+TIMEOUT_SECONDS = 20.0
+Writer = Gathering[tuple[lifecycle.NewTask, bool], lifecycle.Bell | None]
+
+
+class Counting(Database):
+    """Counts statements."""
+
+    statements = 0
+
+    async def fetch(self, sql: str, *args: object) -> list[Record]:
+        self.statements += 1
+        return await super().fetch(sql, *args)
+
+    async def fetchrow(self, sql: str, *args: object) -> Record | None:
+        self.statements += 1
+        return await super().fetchrow(sql, *args)
+
+
+@pytest.fixture
+async def db(settings: Settings) -> AsyncIterator[Counting]:
+    database = Counting(settings.postgres_dsn, max_connections=4, application_name="test")
+    yield database
+    await database.close()
+
+
+def new(**fields: object) -> lifecycle.NewTask:
+    return lifecycle.NewTask(**({"id": ids.uuid7(), "name": "sample.echo", "queue": "default"} | fields))  # type: ignore[arg-type]  # as given
+
+
+async def written(
+    writer: Writer, wanted: list[lifecycle.NewTask], *, hold_back: bool = False
+) -> list[lifecycle.Bell | BaseException | None]:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        answers = (writer.ask((one, hold_back)) for one in wanted)
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+
+async def stored(settings: Settings) -> dict[str, int | None]:
+    async with opened(settings) as other:
+        return {str(row["id"]): row["position"] for row in await other.fetch("SELECT id, position FROM task")}
+
+
+async def test_those_that_come_together_share_statements(db: Counting, settings: Settings) -> None:
+    wanted = [new(kwargs=f'{{"value": {number}}}', tags=("a", "b")) for number in range(3 * BATCH)]
+    bells = await written(Gathering(Submits(db)), wanted)
+    assert db.statements <= LANES + 3
+    found = await stored(settings)
+    assert len(found) == len(wanted)
+    for one, bell in zip(wanted, bells, strict=True):
+        assert isinstance(bell, lifecycle.Bell)
+        assert (bell.task_id, bell.name, bell.queue) == (one.id, one.name, one.queue)
+        assert bell.position == found[str(one.id)]
+
+
+async def test_they_stand_in_line_in_the_order_in_which_they_came(db: Counting, settings: Settings) -> None:
+    wanted = [new() for _ in range(50)]
+    await written(Gathering(Submits(db)), wanted)
+    found = await stored(settings)
+    later = [found[str(one.id)] for one in wanted[LANES:]]
+    assert later == sorted(later, key=lambda position: position or 0)
+
+
+async def test_one_that_comes_alone_is_a_statement_of_its_own(db: Counting, settings: Settings) -> None:
+    writer = Gathering(Submits(db))
+    for number in range(1, 4):
+        assert await writer.ask((new(), False)) is not None
+        assert db.statements == number
+    assert len(await stored(settings)) == 3
+
+
+async def test_one_that_cannot_be_stored_keeps_no_other_out(db: Counting, settings: Settings) -> None:
+    wanted = [new(queue="x" * 65) if number == 7 else new() for number in range(20)]
+    bells = await written(Gathering(Submits(db)), wanted)
+    assert isinstance(bells[7], errors.StatementRefused)
+    assert all(isinstance(bell, lifecycle.Bell) for number, bell in enumerate(bells) if number != 7)
+    assert set(await stored(settings)) == {str(one.id) for number, one in enumerate(wanted) if number != 7}
+
+
+async def test_those_that_are_held_back_have_no_message_to_push(db: Counting, settings: Settings) -> None:
+    wanted = [new() for _ in range(20)]
+    assert await written(Gathering(Submits(db)), wanted, hold_back=True) == [None] * 20
+    assert None not in (await stored(settings)).values()
+
+
+async def test_a_task_that_is_not_due_has_no_place_and_no_message(db: Counting, settings: Settings) -> None:
+    wanted = [new(delay_seconds=60.0) for _ in range(20)]
+    assert await written(Gathering(Submits(db)), wanted) == [None] * 20
+    assert set((await stored(settings)).values()) == {None}
+
+
+async def test_one_that_left_is_stored_with_the_others(db: Counting, settings: Settings) -> None:
+    writer = Gathering(Submits(db))
+    wanted = [new() for _ in range(20)]
+    answers = [asyncio.create_task(writer.ask((one, False))) for one in wanted]
+    await asyncio.sleep(0)  # All of them have come, and none is written.
+    answers[-1].cancel()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        bells = await asyncio.gather(*answers, return_exceptions=True)
+    assert isinstance(bells.pop(), asyncio.CancelledError)
+    assert all(isinstance(bell, lifecycle.Bell) for bell in bells)
+    assert len(await stored(settings)) == 20
+    # The lanes are free again.
+    assert await writer.ask((new(), False)) is not None
+
+
+async def test_with_postgres_away_all_are_told_and_the_lanes_are_free_again() -> None:
+    nowhere = Database(
+        "postgresql://nobody@127.0.0.1:1/nothing", max_connections=2, application_name="test", patience_seconds=1.0
+    )
+    writer = Gathering(Submits(nowhere))
+    for _ in range(2):
+        answers = await written(writer, [new() for _ in range(20)])
+        assert {type(answer) for answer in answers} == {errors.DatabaseUnavailable}
+    await nowhere.close()
+
+
+async def test_looks_that_come_together_share_statements_and_see_no_others_task(db: Counting) -> None:
+    tasks = [new(owner=f"team-{number % 3}") for number in range(30)]
+    await written(Gathering(Submits(db)), tasks)
+    await lifecycle.cancel(db, tasks[4].id, owner="team-1")
+    db.statements = 0
+    looks = Gathering(Statuses(db))
+    asked = [(one.id, owner) for one in tasks for owner in ("team-0", "team-1", "team-2", "")]
+    asked += [(ids.uuid7(), "team-0"), asked[0]]
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        found = await asyncio.gather(*(looks.ask(one) for one in asked))
+    assert db.statements <= LANES + 3
+    owners = {one.id: one.owner for one in tasks}
+    for (task_id, owner), status in zip(asked, found, strict=True):
+        expected = ("REVOKED" if task_id == tasks[4].id else "PENDING") if owners.get(task_id) == owner else None
+        assert status == expected

@@ -16,14 +16,19 @@ RUN --mount=type=cache,target=/root/.cache/pip \
       --require-hashes -r requirements/image.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY app app
-# Setuptools has built the package, and nothing that runs needs it, nor others' tests and the sources of compiled
-# modules. The bytecode is made here because the root file system is read-only later, and is not compared with its
-# sources: their times may differ. There is none of what is large and not imported.
+COPY .ci/strip .ci/
+# Setuptools has built the package, and nothing that runs needs it, nor others' tests, the sources of compiled
+# modules and what only debuggers read in them. The bytecode is made here because the root file system is read-only
+# later, and is not compared with its sources: their times may differ. There is none of what is large and not imported.
+# Sets are written in the order of their hashes, so these have a seed, and two builds the same bytes.
 RUN python -m pip --python /opt/taskqueue/bin/python install --quiet --no-compile --no-build-isolation --no-deps . \
  && python -m pip --python /opt/taskqueue/bin/python uninstall --quiet --yes setuptools \
  && find /opt/taskqueue/lib \( -path '*/sqlalchemy/testing/*' -o -path '*/alembic/testing/*' -o -path '*/greenlet/tests/*' \
       -o -name '*.pyi' -o -name '*.pyx' -o -name '*.px[di]' -o -name '*.[ch]' -o -name '*.[ch]pp' \) -type f -delete \
- && /opt/taskqueue/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+ && python .ci/strip /opt/taskqueue/lib \
+ && /opt/taskqueue/bin/python -c 'import app.main, app.relay, uvloop' \
+ && find /opt/taskqueue -name '*.pyc' -delete \
+ && PYTHONHASHSEED=0 /opt/taskqueue/bin/python -m compileall -q --invalidation-mode unchecked-hash \
       -x '/sqlalchemy/dialects/(mssql|mysql|oracle)/|/table_grapheme_overrides' /opt/taskqueue/lib
 
 FROM ${PYTHON_IMAGE}
@@ -35,8 +40,9 @@ LABEL org.opencontainers.image.title="taskqueue" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 # Any user id will do: what is written goes below TASKQUEUE_DATA_DIR and /tmp, which are mounted.
-RUN groupadd --gid 10001 taskqueue \
- && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/taskqueue --shell /usr/sbin/nologin taskqueue \
+# The account is written as it is: `useradd` would note the day in /etc/shadow, and each day's image be another.
+RUN echo 'taskqueue:x:10001:' >>/etc/group \
+ && echo 'taskqueue:x:10001:10001::/var/lib/taskqueue:/usr/sbin/nologin' >>/etc/passwd \
  && install -d -m 0777 /var/lib/taskqueue && install -d /app
 COPY --from=build /opt/taskqueue /opt/taskqueue
 ENV PATH=/opt/taskqueue/bin:$PATH \

@@ -1,6 +1,7 @@
 """A release that is upgraded, restarted and robbed of its pods while tasks flow: what was acknowledged ends."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Self
@@ -11,6 +12,8 @@ from tests.charts.rendering import ROOT
 from tests.e2e.cluster import IMAGE, Release, a_namespace
 from tests.support.waiting import lasting, wait_until
 
+NEXT_IMAGE = os.environ.get("E2E_NEXT_IMAGE", IMAGE)
+"""What the release is upgraded to."""
 MANIFEST = ROOT / "tests" / "e2e" / "flow.yaml"
 RATE = 5
 SETTLE_SECONDS = 180
@@ -69,13 +72,15 @@ def settled(release: Release) -> None:
 def test_an_upgrade_and_a_restart_of_everything_of_ours_are_not_noticed(steady: Release) -> None:
     with Flow(steady) as flow:
         lasting(3)
-        steady.install({**VALUES, "config": {"sampleTasks": True, "logLevel": "WARNING"}})
+        steady.install({**VALUES, "config": {"sampleTasks": True, "logLevel": "WARNING"}}, NEXT_IMAGE)
         steady.kubectl("rollout", "restart", "deployment")
         settled(steady)
         lasting(3)
     all_end(steady, flow)
-    print(f"accepted {len(flow.accepted)}, errors {flow.errors}")  # noqa: T201  # a figure to report
+    print(f"upgrade and restart: accepted {len(flow.accepted)}, errors {flow.errors}")  # noqa: T201  # figures to report
     assert flow.errors == []
+    images = {one["image"] for pod in steady.pods("api") for one in pod["spec"]["containers"]}
+    assert images == {NEXT_IMAGE}
 
 
 @pytest.mark.timeout(900)
@@ -84,14 +89,48 @@ def test_a_pod_that_is_torn_out_costs_no_task(steady: Release, component: str) -
     key = "app.kubernetes.io/" + ("name" if component in {"redis", "postgresql"} else "component")
     with Flow(steady) as flow:
         lasting(3)
-        torn = time.time()
-        steady.kubectl("delete", "pod", f"--selector={key}={component}", "--grace-period=0", "--force")
-        settled(steady)
-        back = time.time()
+        away = while_away(
+            steady, "delete", "pod", f"--selector={key}={component}", "--grace-period=0", "--force", "--wait=false"
+        )
         lasting(5)
     all_end(steady, flow)
-    print(f"{component}: back after {back - torn:.1f} s, accepted {len(flow.accepted)}, errors {len(flow.errors)}")  # noqa: T201  # figures to report
+    report(component, flow, away)
     if component != "postgresql":
         assert flow.errors == []
+    assert outside(flow, away) == []
+
+
+@pytest.mark.timeout(900)
+def test_restarting_redis_and_postgres_costs_no_task(steady: Release) -> None:
+    with Flow(steady) as flow:
+        lasting(3)
+        away = while_away(steady, "rollout", "restart", "statefulset")
+        lasting(5)
+    all_end(steady, flow)
+    report("both servers", flow, away)
+    assert outside(flow, away) == []
+
+
+def while_away(release: Release, *disturb: str) -> tuple[float, float]:
+    """Disturb, and wait until everything is as it should be. Returns from when until when (Unix time) that was not."""
+    began = time.time()
+    release.kubectl(*disturb)
+    settled(release)
+    return began, time.time()
+
+
+def outside(flow: Flow, away: tuple[float, float]) -> list[str]:
+    """What failed while nothing was away."""
+    began, ended = away
     # Each waits ten seconds at most, and an API that was not ready is asked again a moment after it is.
-    assert [what for at, what in flow.errors if not torn - 10 <= at <= back + 15] == []
+    return [what for at, what in flow.errors if not began - 10 <= at <= ended + 15]
+
+
+def report(what: str, flow: Flow, away: tuple[float, float]) -> None:
+    """Figures to write down."""
+    began, ended = away
+    said = [round(at - began, 1) for at, _ in flow.errors]
+    print(  # noqa: T201  # it is what a run of this is for
+        f"{what}: all ready after {ended - began:.1f} s, accepted {len(flow.accepted)}, errors {len(flow.errors)}"
+        f"{f', from second {min(said)} to {max(said)}' if said else ''}"
+    )

@@ -4,6 +4,7 @@
 are called.
 """
 
+import base64
 import json
 import os
 import time
@@ -11,8 +12,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from standardwebhooks import Webhook
 
-from tests.e2e.cluster import Release, a_namespace, submit
+from tests.e2e.cluster import Receiver, Release, a_namespace, submit
 from tests.support.waiting import wait_until
 
 OUTSIDE = os.environ.get("E2E_OUTSIDE", "")
@@ -41,6 +43,12 @@ def exposed() -> Iterator[Release]:
         yield installed
 
 
+@pytest.fixture(scope="module")
+def receiver(exposed: Release) -> Iterator[Receiver]:
+    with exposed.receiver() as started:
+        yield started
+
+
 @pytest.fixture(params=["ingress.example", "gateway.example"])
 def outside(request: pytest.FixtureRequest, exposed: Release) -> Iterator[httpx.Client]:
     headers = {"host": request.param, "authorization": f"Bearer {exposed.key()}"}
@@ -66,3 +74,18 @@ def test_a_task_is_followed_while_it_runs(outside: httpx.Client) -> None:
     assert seen[-1][1] == "SUCCESS"
     # What was held back until the end would come all at once.
     assert seen[-1][0] - seen[0][0] > 1
+
+
+def test_the_webhook_of_a_task_from_outside_arrives_signed(
+    outside: httpx.Client, exposed: Release, receiver: Receiver
+) -> None:
+    key = base64.b64decode(exposed.secrets()["tq-taskqueue"]["webhook-secret"]).decode()
+    task_id = submit(outside, task="sample.echo", args=["hello"], webhook_url="http://receiver:8080/hook")
+
+    def arrived() -> list[dict[str, str]]:
+        return [json.loads(one["body"])["data"] for one in receiver.received() if task_id in one["body"]]
+
+    [data] = wait_until(arrived, 30, "the webhook")
+    assert data["result"] == "hello"
+    for one in receiver.received():
+        Webhook(key).verify(one["body"], one["headers"])

@@ -33,7 +33,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from app import catalog
 from app.core import config, metrics, telemetry
 from app.core.config import Settings
-from app.worker import bridge, execution, memory, submission
+from app.worker import bridge, execution, memory, submission, transport
 from app.worker.slots import Slots
 
 SOCKET_TIMEOUT_SECONDS = 10
@@ -105,9 +105,10 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         self._timer: Any = None
 
     def start(self, worker: Any) -> None:
-        """Start the keeper and look after it."""
+        """Start the keeper and look after it, while Redis is away, too."""
         self._ensure()
         self._timer = worker.timer.call_repeatedly(1.0, self._ensure)
+        transport.EagerConnection.meanwhile.append(self._ensure)
 
     def stop(self, worker: Any) -> None:
         """Leave the keeper alone: it ends by itself, once it has settled what this worker leaves behind."""
@@ -160,7 +161,9 @@ class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships n
     """Touches a file while the main loop turns and can consume: what a probe looks at.
 
     The main loop can turn while nothing is consumed any more, so a worker that
-    could take messages, has none, and does not, shows no beat.
+    could take messages, has none, and does not, shows no beat. One that waits for
+    Redis shows none either, but touches another file: to start it again would
+    help nobody, and cost what it runs.
     """
 
     requires = ("celery.worker.components:Timer",)
@@ -172,6 +175,7 @@ class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships n
     def start(self, worker: Any) -> None:
         """Beat every two seconds."""
         self._timer = worker.timer.call_repeatedly(BEAT_SECONDS, self._beat, (worker,))
+        transport.EagerConnection.meanwhile.append(wait_file(_settings()).touch)
 
     def stop(self, worker: Any) -> None:
         """Stop beating."""
@@ -211,6 +215,11 @@ class WatchAnewStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery sh
 def beat_file(settings: Settings) -> Path:
     """The file whose time tells that the worker works."""
     return settings.data_dir / "run" / "worker.beat"
+
+
+def wait_file(settings: Settings) -> Path:
+    """The file whose time tells that the worker waits for Redis."""
+    return settings.data_dir / "run" / "worker.wait"
 
 
 app = submission.celery

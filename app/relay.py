@@ -627,14 +627,23 @@ async def _look_for_lost(relay: Relay, queue: str) -> None:
 
 
 async def _beat(relay: Relay) -> None:
-    await relay.watch_connection()
     beat_file(relay.settings).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        await relay.watch_connection()
+    except errors.DatabaseUnavailable:
+        wait_file(relay.settings).touch()
+        raise
     beat_file(relay.settings).touch()
 
 
 def beat_file(settings: Settings) -> Path:
     """The file whose time tells that the relay works."""
     return settings.data_dir / "run" / "relay.beat"
+
+
+def wait_file(settings: Settings) -> Path:
+    """The file whose time tells that the relay waits for Postgres."""
+    return settings.data_dir / "run" / "relay.wait"
 
 
 def run(settings: Settings) -> None:

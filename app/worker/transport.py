@@ -8,8 +8,9 @@ believed for is kept (`broker.decode`), and Celery gets an envelope made anew.
 
 import logging
 import time
+from collections.abc import Callable
 from queue import Empty
-from typing import Any
+from typing import Any, ClassVar
 
 from celery.app.amqp import AMQP
 from kombu.connection import Connection
@@ -107,8 +108,13 @@ class Transport(redis.Transport):
 class EagerConnection(Connection):
     """A connection that is back soon after Redis is."""
 
-    def ensure_connection(self, *args: Any, **options: Any) -> Any:
-        """As kombu's, with shorter waits between attempts."""
+    meanwhile: ClassVar[list[Callable[[], None]]] = []
+    """What the consumer does each second or two while Redis is away: Celery's timer stands still then."""
+
+    def ensure_connection(self, *args: Any, callback: Callable[[], None] | None = None, **options: Any) -> Any:
+        """As kombu's, with shorter waits between attempts. The consumer is who gives a callback."""
+        if callback is not None:
+            options["callback"] = lambda: [each() for each in (*self.meanwhile, callback)]
         return super().ensure_connection(*args, **{**RECONNECT_SECONDS, **options})
 
 

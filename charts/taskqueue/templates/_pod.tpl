@@ -90,28 +90,29 @@ spec:
   {{- include "taskqueue.container" . | nindent 2 }}
 {{- end -}}
 
-{{/* Probes that look at a file which the process touches while it works. Takes root and component. An exec that
-     starts no Python: it runs every few seconds, beside the work. */}}
+{{/* Probes that look at files which the process touches: `.beat` while it works, `.wait` while it waits for Redis or
+     Postgres. It is ready with the one, and alive with either: nothing comes back because its clients are started
+     again. An exec that starts no Python: it runs every few seconds, beside the work. Takes root and component. */}}
 {{- define "taskqueue.beatProbes" -}}
-{{- $beat := printf "/var/lib/taskqueue/run/%s.beat" .component -}}
+{{- $beats := .root.Values.beats -}}
 startupProbe:
-  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.readySeconds) }}}
+  exec: {command: {{ include "taskqueue.touched" (list (printf "%s.*" .component) $beats.readySeconds) }}}
   periodSeconds: 2
   timeoutSeconds: 5
   failureThreshold: 150
 readinessProbe:
-  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.readySeconds) }}}
+  exec: {command: {{ include "taskqueue.touched" (list (printf "%s.beat" .component) $beats.readySeconds) }}}
   periodSeconds: 10
   timeoutSeconds: 5
 livenessProbe:
-  exec: {command: {{ include "taskqueue.beatNewerThan" (list $beat .root.Values.beats.aliveSeconds) }}}
+  exec: {command: {{ include "taskqueue.touched" (list (printf "%s.*" .component) $beats.aliveSeconds) }}}
   periodSeconds: 30
   timeoutSeconds: 10
 {{- end -}}
 
-{{/* Takes a file and seconds. */}}
-{{- define "taskqueue.beatNewerThan" -}}
-{{- $test := printf "test -n \"$(find %s -newermt '-%d seconds')\"" (index . 0) (index . 1 | int) -}}
+{{/* Whether a file of such a name was touched in the last seconds. Takes the name and the seconds. */}}
+{{- define "taskqueue.touched" -}}
+{{- $test := printf "test -n \"$(find /var/lib/taskqueue/run -name '%s' -newermt '-%d seconds')\"" (index . 0) (index . 1 | int) -}}
 {{- list "sh" "-c" $test | toJson -}}
 {{- end -}}
 

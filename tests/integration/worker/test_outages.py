@@ -220,6 +220,43 @@ def test_a_submit_while_redis_is_away_is_accepted_at_once_and_runs_when_it_is_ba
 
 
 @pytest.mark.parametrize("fault", ["cut", "black_hole"])
+def test_a_worker_that_waits_for_redis_says_so_and_looks_after_its_keeper(
+    running: Service, redis: Proxy, fault: str
+) -> None:
+    # Probes look at its files: it is not ready, and starting it again would help nobody.
+    beat, wait = running.beat("worker"), running.beat("worker").with_suffix(".wait")
+    task_id = running.submit("sample.sleep", 14.0)
+    running.reaches(task_id, "STARTED")
+    getattr(redis, fault)()
+    seen = time.time()
+    # One that hears nothing learns after some time, from its sockets, that nobody is there.
+    wait_until(lambda: wait.exists() and wait.stat().st_mtime > seen, 40, "its saying that it waits")
+    last_beat, keeper = beat.stat().st_mtime, running.process("worker").keeper()
+    assert keeper is not None
+    keeper.kill()
+    wait_until(
+        lambda: (found := running.process("worker").keeper()) and found.pid != keeper.pid, 20, "the keeper after it"
+    )
+    assert beat.stat().st_mtime == last_beat
+
+    redis.restore()
+
+    wait_until(lambda: beat.stat().st_mtime > last_beat, 20, "its beat")
+    view = running.ends(task_id, 40)
+    assert (view["status"], view["attempt"], view["failures"]) == ("SUCCESS", 1, 0)
+
+
+def test_a_relay_that_waits_for_postgres_says_so(running: Service, postgres: Proxy) -> None:
+    beat, wait = running.beat("relay"), running.beat("relay").with_suffix(".wait")
+    postgres.cut()
+    seen = time.time()
+    wait_until(lambda: wait.exists() and wait.stat().st_mtime > seen, 20, "its saying that it waits")
+    last_beat = beat.stat().st_mtime
+    postgres.restore()
+    wait_until(lambda: beat.stat().st_mtime > last_beat, 20, "its beat")
+
+
+@pytest.mark.parametrize("fault", ["cut", "black_hole"])
 async def test_what_a_task_logs_while_redis_is_away_is_told_when_its_attempt_has_ended(
     running: Service, redis: Proxy, tmp_path: Path, fault: str
 ) -> None:

@@ -87,13 +87,21 @@ def of_kind(objects: Iterable[Object], kind: str) -> dict[str, Object]:
     return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
 
 
-def pods(objects: Iterable[Object]) -> Iterator[tuple[str, Object]]:
-    """The name of each workload, and the spec of its pods."""
+def templates(objects: Iterable[Object]) -> Iterator[tuple[str, Object]]:
+    """The name of each workload, and what its pods are made from: `metadata` and `spec`."""
     for one in objects:
         if one["kind"] == "Pod":
-            yield one["metadata"]["name"], one["spec"]
+            yield one["metadata"]["name"], one
         elif one["kind"] in {"Deployment", "StatefulSet", "Job"}:
-            yield one["metadata"]["name"], one["spec"]["template"]["spec"]
+            yield one["metadata"]["name"], one["spec"]["template"]
+        elif one["kind"] == "CronJob":
+            yield one["metadata"]["name"], one["spec"]["jobTemplate"]["spec"]["template"]
+
+
+def pods(objects: Iterable[Object]) -> Iterator[tuple[str, Object]]:
+    """The name of each workload, and the spec of its pods."""
+    for name, template in templates(objects):
+        yield name, template["spec"]
 
 
 def containers(objects: Iterable[Object]) -> Iterator[tuple[str, Object]]:

@@ -143,11 +143,7 @@ def test_every_variable_of_ours_is_a_setting_and_has_a_value_that_it_takes(objec
 
 
 def test_selectors_find_their_own_pods_and_no_others(objects: list[Object]) -> None:
-    labels = {
-        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
-        for one in objects
-        if one["kind"] in {"Deployment", "StatefulSet", "Job"}
-    } | {name: one["metadata"]["labels"] for name, one in of_kind(objects, "Pod").items()}
+    labels = {name: template["metadata"]["labels"] for name, template in rendering.templates(objects)}
 
     def found(selector: dict[str, Any]) -> set[str]:
         return {name for name, has in labels.items() if selector.items() <= has.items()}

@@ -4,6 +4,7 @@ import ipaddress
 import json
 from typing import Any
 
+import pytest
 import yaml
 
 from app.utils import guard
@@ -97,16 +98,13 @@ def test_the_rules_and_dashboards_of_the_chart_are_all_taken() -> None:
         assert json.loads(config_map["data"][file.name]) == json.loads(file.read_text())
 
 
-def test_every_pod_has_a_policy() -> None:
-    objects = rendering.way("restricted")
+@pytest.mark.parametrize("way", ["restricted", "hardened"])
+def test_every_pod_has_a_policy(way: str) -> None:
+    objects = rendering.way(way)
     selectors = [one["spec"]["podSelector"]["matchLabels"] for one in of_kind(objects, "NetworkPolicy").values()]
-    labels = {
-        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
-        for one in objects
-        if one["kind"] in {"Deployment", "StatefulSet", "Job"}
-    } | {name: one["metadata"]["labels"] for name, one in of_kind(objects, "Pod").items()}
-    for name, has in labels.items():
-        assert len([one for one in selectors if one.items() <= has.items()]) == 1, name
+    for name, template in rendering.templates(objects):
+        labels = template["metadata"]["labels"]
+        assert len([one for one in selectors if one.items() <= labels.items()]) == 1, name
 
 
 def test_the_relay_may_call_the_internet_and_nothing_that_is_special_or_the_operators() -> None:

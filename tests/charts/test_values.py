@@ -157,6 +157,30 @@ def test_redis_keeps_and_refuses_as_a_queue_must() -> None:
     assert {"appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction"} <= set(lines)
 
 
+def test_by_default_nothing_is_backed_up_and_a_backup_lies_beside_the_data_and_outlives_the_release() -> None:
+    assert not {"CronJob", "PersistentVolumeClaim"} & {one["kind"] for one in render()}
+    objects = render({"postgresql": {"backup": {"enabled": True, "keep": 3}}})
+    [(claim, volume)] = of_kind(objects, "PersistentVolumeClaim").items()
+    assert volume["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    [job] = of_kind(objects, "CronJob").values()
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert {"name": "backup", "persistentVolumeClaim": {"claimName": claim}} in pod["volumes"]
+    [script] = [one["command"][-1] for one in pod["containers"]]
+    # The fourth and what is older.
+    assert "tail -n +4 " in script
+    mine = render({"postgresql": {"backup": {"enabled": True, "existingClaim": "mine"}}})
+    assert not of_kind(mine, "PersistentVolumeClaim")
+    assert "'claimName': 'mine'" in str(of_kind(mine, "CronJob"))
+
+
+def test_an_exporter_stands_beside_a_server() -> None:
+    exporter = {"name": "exporter", "image": "exporter.example/{{ .Release.Name }}"}
+    for server in ("redis", "postgresql"):
+        pod = dict(rendering.pods(render({server: {"extraContainers": [exporter]}})))[f"demo-{server}"]
+        assert [one["name"] for one in pod["containers"]] == [server, "exporter"]
+        assert pod["containers"][1]["image"] == "exporter.example/demo"
+
+
 def test_no_password_stands_on_a_command_line() -> None:
     for name, container in rendering.containers(render({"redis": {"auth": {"password": "hidden"}}})):
         words = " ".join([*container.get("command", []), *container.get("args", [])])

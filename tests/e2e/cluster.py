@@ -70,12 +70,19 @@ class Release:
             values: win over `VALUES`, top by top.
             image: what all processes of ours run.
         """
+        return self._helm({**VALUES, **values}, image)
+
+    def install_plain(self) -> float:
+        """As `install`, with every value as the chart has it."""
+        return self._helm({}, IMAGE)
+
+    def _helm(self, values: Mapping[str, object], image: str) -> float:
         repository, _, tag = image.rpartition(":")
         began = time.monotonic()
         run(
             *("helm", "upgrade", "--install", "tq", str(CHART), "--namespace", self.namespace),
             *("--wait", "--wait-for-jobs", "--timeout", f"{START_SECONDS}s", "--values", "-"),
-            stdin=json.dumps({**VALUES, **values, "image": {"repository": repository, "tag": tag}}),
+            stdin=json.dumps({**values, "image": {"repository": repository, "tag": tag}}),
         )
         return time.monotonic() - began
 
@@ -89,6 +96,14 @@ class Release:
             pod
             for pod in self.get("pods", f"--selector={selector}")
             if "deletionTimestamp" not in pod["metadata"] and pod["status"]["phase"] == "Running"
+        ]
+
+    def ready(self, component: str) -> list[str]:
+        """The names of the pods of a component that are ready."""
+        return [
+            pod["metadata"]["name"]
+            for pod in self.pods(component)
+            if any((one["type"], one["status"]) == ("Ready", "True") for one in pod["status"].get("conditions", []))
         ]
 
     def restarts(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Self
 import pytest
 
 from tests.charts.rendering import ROOT
-from tests.e2e.cluster import IMAGE, Release, a_namespace
+from tests.e2e.cluster import IMAGE, Release, a_namespace, reaches, submit
 from tests.support.waiting import lasting, wait_until
 
 NEXT_IMAGE = os.environ.get("E2E_NEXT_IMAGE", IMAGE)
@@ -17,6 +17,8 @@ NEXT_IMAGE = os.environ.get("E2E_NEXT_IMAGE", IMAGE)
 MANIFEST = ROOT / "tests" / "e2e" / "flow.yaml"
 RATE = 5
 SETTLE_SECONDS = 180
+AWAY_SECONDS = 150
+"""Long enough for three failed looks at who is alive."""
 VALUES = {"api": {"graceSeconds": 10, "replicas": 2}, "relay": {"graceSeconds": 10, "replicas": 2}}
 
 
@@ -109,6 +111,25 @@ def test_restarting_redis_and_postgres_costs_no_task(steady: Release) -> None:
     all_end(steady, flow)
     report("both servers", flow, away)
     assert outside(flow, away) == []
+
+
+@pytest.mark.timeout(900)
+def test_no_container_is_started_again_because_redis_and_postgres_are_away_for_long(steady: Release) -> None:
+    servers = ("statefulset/tq-redis", "statefulset/tq-postgresql")
+    # Judged as soon as may be: each looks every 30 s, and the third time counts.
+    steady.install({**VALUES, "beats": {"readySeconds": 5, "aliveSeconds": 10}}, NEXT_IMAGE)
+    steady.kubectl("scale", "--replicas=0", *servers)
+    try:
+        wait_until(lambda: not steady.ready("api"), 60, "an API that is not ready")
+        lasting(AWAY_SECONDS)
+        assert not steady.ready("worker")
+        assert not steady.ready("relay")
+    finally:
+        steady.kubectl("scale", "--replicas=1", *servers)
+    settled(steady)
+    assert {name: count for name, count in steady.restarts().items() if count} == {}
+    with steady.api() as api:
+        reaches(api, submit(api, task="sample.echo", args=["hello"]), "SUCCESS", seconds=60)
 
 
 def while_away(release: Release, *disturb: str) -> tuple[float, float]:

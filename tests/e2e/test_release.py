@@ -10,13 +10,41 @@ import yaml
 from standardwebhooks import Webhook
 
 from tests.charts import rendering
-from tests.e2e.cluster import Release, reaches, run, status, submit, view
+from tests.e2e.cluster import Release, a_namespace, reaches, run, status, submit, view
 from tests.support.waiting import wait_until
+
+READY_SECONDS = 90
+IMAGE_MEBIBYTES = 120
+"""What may lie over Python's own image."""
 
 
 def test_everything_is_ready_and_nothing_was_started_twice(release: Release) -> None:
     assert set(release.restarts().values()) == {0}
     assert {len(release.pods(component)) for component in ("api", "relay", "worker")} == {1}
+
+
+def test_a_release_with_nothing_set_is_ready_soon_and_works() -> None:
+    with a_namespace() as namespace:
+        plain = Release(namespace)
+        took = plain.install_plain()
+        print(f"all ready {took:.1f} s after helm install")  # noqa: T201  # a figure to report
+        run("helm", "test", "tq", "--namespace", namespace, "--timeout", "120s")
+        assert set(plain.restarts().values()) == {0}
+    assert took < READY_SECONDS
+
+
+def test_the_image_is_what_runs_and_no_more(release: Release) -> None:
+    script = (
+        "id -u; du -sm /opt/taskqueue | cut -f1; command -v cc gcc g++ c++ clang ld as make pip || true;"
+        " touch /opt/taskqueue/it /app/it 2>/dev/null && echo written; find /opt /app -perm -4000 -o -perm -2000"
+    )
+    user, mebibytes, *found = release.kubectl(
+        *("exec", "deployment/tq-taskqueue-api", "--container=api", "--", "sh", "-c", script)
+    ).split()
+    assert user == "10001"
+    assert int(mebibytes) <= IMAGE_MEBIBYTES
+    # Python's own image brings a pip, which can install nothing here.
+    assert set(found) <= {"/usr/local/bin/pip"}
 
 
 def test_the_three_requests(release: Release) -> None:
@@ -83,6 +111,17 @@ def test_the_cluster_would_take_every_way_to_install_it(release: Release, file: 
     objects = [one for one in rendering.render({}, file) if one["kind"] != "Pod" and one["apiVersion"] in served]
     manifest = yaml.safe_dump_all(objects)
     release.kubectl("apply", "--dry-run=server", "--validate=strict", "--filename=-", stdin=manifest)
+
+
+def test_a_backup_is_written_beside_the_volume_and_can_be_read(release: Release) -> None:
+    release.install({"postgresql": {"backup": {"enabled": True, "size": "1Gi"}}})
+    for name in ("first", "second"):
+        release.kubectl("create", "job", "--from=cronjob/tq-postgresql-backup", name)
+        release.kubectl("wait", f"job/{name}", "--for=condition=Complete", "--timeout=90s")
+    # The pod has read what is in it, and says what there is.
+    dumps = [line.split()[-1] for line in release.kubectl("logs", "job/second").splitlines() if ".dump" in line]
+    assert len(dumps) == 2
+    assert not [name for name in dumps if name.endswith(".part")]
 
 
 @pytest.mark.timeout(300)

@@ -23,3 +23,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
+
+{{/* The labels of the pods that write a backup. */}}
+{{- define "postgresql.backupSelector" -}}
+app.kubernetes.io/name: postgresql-backup
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}

@@ -291,7 +291,7 @@ def test_a_migration_goes_around_pgbouncer() -> None:
 
 def test_every_image_can_come_from_one_registry() -> None:
     objects = rendering.way("gateway")
-    images = {one["image"] for name, one in rendering.containers(objects) if not name.endswith("/proxy")}
+    images = {one["image"] for name, one in rendering.containers(objects) if not name.endswith(("/proxy", "/models"))}
     assert all(image.startswith("registry.example/") for image in images), images
     assert len(images) == 3
     for name, pod in rendering.pods(objects):
@@ -321,11 +321,13 @@ def test_what_is_extra_is_rendered_and_added() -> None:
     objects = rendering.way("gateway")
     assert {"demo-more", f"{PREFIX}-text"} <= set(of_kind(objects, "ConfigMap"))
     for name, container in rendering.containers(objects):
-        if PREFIX in name and not name.endswith("/proxy"):
+        if PREFIX in name and not name.endswith(("/proxy", "/models")):
             assert container["envFrom"] == [{"configMapRef": {"name": "demo-more"}}], name
             assert {"name": "models", "mountPath": "/models"} in container["volumeMounts"], name
     api = dict(rendering.pods(objects))[f"{PREFIX}-api"]
     assert [one["name"] for one in api["containers"]] == ["api", "proxy"]
+    worker = dict(rendering.pods(objects))[f"{PREFIX}-worker-default"]
+    assert [one["name"] for one in worker["initContainers"]] == ["wait-for-schema", "models"]
 
 
 def test_labels_and_annotations_that_all_objects_shall_have_are_on_all_and_in_no_selector() -> None:

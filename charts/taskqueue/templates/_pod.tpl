@@ -69,6 +69,9 @@ spec:
   terminationGracePeriodSeconds: {{ add .settings.graceSeconds (default 0 .settings.drainSeconds) 5 }}
   initContainers:
     {{- include "taskqueue.waitForSchema" . | nindent 4 }}
+    {{- with .settings.extraInitContainers }}
+    {{- tpl (toYaml .) $.root | nindent 4 }}
+    {{- end }}
   containers:
     - name: {{ .component }}
       args: [{{ .component }}]

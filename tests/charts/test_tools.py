@@ -19,7 +19,7 @@ MOST = [way for way in WAYS if way != HARDENED]
 ANSWERED = {
     # A tag of ours is never moved, and a digest can be set: nodes need not ask a registry at each start.
     "container-image-pull-policy": MOST,
-    # The official images of Redis and Postgres run as 999, and `restricted` leaves the ids to the platform.
+    # The official images of Redis and Postgres run as 999, and `platform` leaves the ids to the platform.
     "container-security-context-user-group-id": MOST,
     # Off by default: a policy that does not know where a cluster's DNS is cuts every pod off.
     "pod-networkpolicy": [

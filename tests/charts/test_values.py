@@ -1,6 +1,8 @@
 """What single values do."""
 
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +157,25 @@ def test_a_url_that_is_given_becomes_a_secret() -> None:
 def test_redis_keeps_and_refuses_as_a_queue_must() -> None:
     lines = of_kind(render(), "ConfigMap")["demo-redis"]["data"]["redis.conf"].splitlines()
     assert {"appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction"} <= set(lines)
+
+
+@pytest.mark.parametrize(("password", "written"), [('a"b\\c', 'requirepass "a\\"b\\\\c"\n'), ("", None), (None, None)])
+def test_redis_asks_for_its_password_or_does_not_start(
+    tmp_path: Path, password: str | None, written: str | None
+) -> None:
+    [shell, options, script] = dict(rendering.containers(render()))["demo-redis/redis"]["command"]
+    (tmp_path / "auth").mkdir()
+    if password is not None:
+        (tmp_path / "auth" / "password").write_text(password)
+    here = script.replace("/usr/local/etc/redis", str(tmp_path)).replace(">/tmp/", f">{tmp_path}/")
+    started = subprocess.run(
+        [shell, options, here.replace("exec redis-server", "exec echo started")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ("started" in started.stdout) is (written is not None)
+    assert not written or (tmp_path / "auth.conf").read_text() == written
 
 
 def test_by_default_nothing_is_backed_up_and_a_backup_lies_beside_the_data_and_outlives_the_release() -> None:

@@ -81,6 +81,14 @@ observe: $(VENV)/.dev ## Watch `make run` with a real Prometheus (on PATH), rule
 demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count what was lost
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)
 
+.PHONY: bench
+bench: $(VENV)/.dev ## Measure everything against the peers and the limits; BENCH_ARGS="--only submit"
+	@exec $(BIN)/python -m benchmarks.suite $(BENCH_ARGS)
+
+.PHONY: bench-quick
+bench-quick: $(VENV)/.dev ## The same in three minutes at most: short rounds, and three of them
+	@exec $(BIN)/python -m benchmarks.suite --quick $(BENCH_ARGS)
+
 .PHONY: bench-backlog
 bench-backlog: $(VENV)/.dev ## Measure what a million waiting rows cost; BENCH_ARGS="--explain" shows the plans
 	@exec $(BIN)/python -m benchmarks.backlog $(BENCH_ARGS)

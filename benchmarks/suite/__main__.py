@@ -1,0 +1,89 @@
+"""Our figures beside the peers' and the limits', on one Postgres and one Redis, in turns.
+
+    python -m benchmarks.suite [--quick] [--only NAME]... [--json FILE] [--page FILE]
+
+It starts everything itself: a Postgres that keeps its promises (fsync on), a
+Redis that keeps an append-only file, and every side on them. Our API asks for
+no keys; nothing is traced, and metrics are off but where it says so. What
+counts is the median of the ratios of the rounds, in which the sides take turns.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import redis.asyncio
+
+from benchmarks.suite import figures, submits
+from benchmarks.suite.stage import Plan, Stage, stage
+
+MEASURES: Mapping[str, Callable[[Stage], Awaitable[list[figures.Measure]]]] = {
+    "submit": submits.measure,
+}
+"""By the name that `--only` takes, in the order of the table."""
+
+FULL = Plan(quick=False, rounds=5, seconds=2.0)
+QUICK = Plan(quick=True, rounds=3, seconds=0.5)
+PACKAGES = ("fastapi", "uvicorn", "uvloop", "celery", "sqlmodel", "httpx", "asyncpg")
+
+
+async def machine(one: Stage) -> dict[str, Any]:
+    """What ran it: nothing that names this machine."""
+    connection = await asyncpg.connect(one.postgres_url)
+    async with redis.asyncio.Redis.from_url(one.redis_url) as broker:
+        redis_version = (await broker.info("server"))["redis_version"]
+    facts = {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+        "postgres": str(await connection.fetchval("SHOW server_version")).split()[0],
+        "fsync": await connection.fetchval("SHOW fsync"),
+        "redis": redis_version,
+        "load before": [round(value, 1) for value in os.getloadavg()],
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    await connection.close()
+    return facts
+
+
+async def run(plan: Plan, names: list[str]) -> figures.Report:
+    """Measure what these names stand for, one after another."""
+    with tempfile.TemporaryDirectory(prefix="taskqueue-benchmark-") as home:
+        async with stage(Path(home), plan) as one:
+            options = {"quick": plan.quick, "rounds": plan.rounds, "seconds": plan.seconds, "measures": names}
+            report = figures.Report(machine=await machine(one), options=options)
+            for name in names:
+                began = time.monotonic()
+                report.measures += await MEASURES[name](one)
+                sys.stderr.write(f"{name}: {time.monotonic() - began:.0f} s\n")
+            return report
+
+
+def main() -> int:
+    """Measure, print, write, and say with the exit code whether all targets are met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three short rounds")
+    parser.add_argument("--only", action="append", choices=MEASURES, metavar="NAME", help=", ".join(MEASURES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    options = parser.parse_args()
+    report = asyncio.run(run(QUICK if options.quick else FULL, options.only or list(MEASURES)))
+    print(figures.table(report.measures), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(report.plain(), indent=1) + "\n")
+    verdicts = [line.verdict for measure in report.measures for line in figures.lines(measure)]
+    return 1 if "over" in verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -24,11 +25,12 @@ from typing import Any
 import asyncpg
 import redis.asyncio
 
-from benchmarks.suite import figures, submits
+from benchmarks.suite import figures, noops, submits
 from benchmarks.suite.stage import Plan, Stage, stage
 
 MEASURES: Mapping[str, Callable[[Stage], Awaitable[list[figures.Measure]]]] = {
     "submit": submits.measure,
+    "noop": noops.measure,
 }
 """By the name that `--only` takes, in the order of the table."""
 
@@ -65,8 +67,10 @@ async def run(plan: Plan, names: list[str]) -> figures.Report:
             report = figures.Report(machine=await machine(one), options=options)
             for name in names:
                 began = time.monotonic()
-                report.measures += await MEASURES[name](one)
+                async with one.one_measure():
+                    report.measures += await MEASURES[name](one)
                 sys.stderr.write(f"{name}: {time.monotonic() - began:.0f} s\n")
+            report.skipped |= one.skipped
             return report
 
 
@@ -77,8 +81,11 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=MEASURES, metavar="NAME", help=", ".join(MEASURES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was started is to end, too
     report = asyncio.run(run(QUICK if options.quick else FULL, options.only or list(MEASURES)))
     print(figures.table(report.measures), flush=True)
+    for name, reason in report.skipped.items():
+        print(f"left out: {name}: {reason}")
     if options.json:
         options.json.write_text(json.dumps(report.plain(), indent=1) + "\n")
     verdicts = [line.verdict for measure in report.measures for line in figures.lines(measure)]

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -27,8 +28,11 @@ from app.dev.embedded import EmbeddedPostgres, EmbeddedRedis
 from app.dev.running import running
 from benchmarks.suite.load import Load, request, started
 
+PYTHON = Path(sys.executable)
+PEERS = Path(sys.prefix) / "peers" / "bin" / "python"
+"""The interpreter of the peers' environment."""
 START_SECONDS = 60.0
-STOP_SECONDS = 30.0
+STOP_SECONDS = 10.0
 SIDES = ("ours", "tutorial", "celery", "celery-results", "procrastinate", "arq", "taskiq", "dramatiq", "bare")
 """Who has databases here; the place of each is the number of its Redis database."""
 
@@ -83,8 +87,18 @@ class Stage:
     load: Load
     postgres_url: str
     redis_url: str
-    _stack: contextlib.AsyncExitStack
-    _started: dict[str, Process] = field(default_factory=dict)
+    servers: Sequence[Process]
+    skipped: dict[str, str] = field(default_factory=dict)
+    _started: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+
+    @contextlib.asynccontextmanager
+    async def one_measure(self) -> AsyncIterator[None]:
+        """End with the block what is started in it."""
+        try:
+            yield
+        finally:
+            await _ended(self._started)
+            self._started.clear()
 
     def database_url(self, side: str) -> str:
         """The side's own database, as libpq spells it."""
@@ -94,7 +108,7 @@ class Stage:
         """The side's own Redis database."""
         return urlunsplit(urlsplit(self.redis_url)._replace(path=f"/{SIDES.index(side)}"))
 
-    def environment(self, side: str, **more: str) -> dict[str, str]:
+    def environment(self, side: str, more: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
         """What a process of a side finds there. Nothing is authenticated, traced or counted unless `more` says so."""
         telemetry = {name for name in os.environ if name.startswith("OTEL_")}
         return {name: value for name, value in os.environ.items() if name not in telemetry} | {
@@ -111,31 +125,88 @@ class Stage:
             **more,
         }
 
-    async def api(self, **more: str) -> Process:
+    async def api(self, more: Mapping[str, str] = MappingProxyType({})) -> Process:
         """Our API, once it is ready."""
-        return await self._server("api", ["-m", "app.cli", "api"], "ours", "/readyz", **more)
+        return await self._server(["-m", "app.cli", "api"], "ours", "/readyz", more)
 
     async def serve(self, side: str, application: str) -> Process:
         """Another application, served as our API is, once it answers."""
-        return await self._server(application, ["-m", "benchmarks.suite.serve", application], side, "/openapi.json")
+        return await self._server(["-m", "benchmarks.suite.serve", application], side, "/openapi.json")
 
-    async def process(self, name: str, arguments: Sequence[str], side: str, **more: str) -> Process:
-        """A Python process, started once in a run; asked for again, it is the one that is there."""
-        key = f"{name} {sorted(more.items())}"
-        if key not in self._started:
-            env = self.environment(side, **more)
-            log = self.home / f"{len(self._started)}.log"
-            context = _process([sys.executable, *arguments], env, log)
-            one = await self._stack.enter_async_context(context)
-            self._started[key] = Process(pid=one.pid, port=int(more.get("PORT", 0)))
-        return self._started[key]
+    async def worker(self, more: Mapping[str, str] = MappingProxyType({})) -> Process:
+        """Our worker, with two pool children. It may take a while until it works."""
+        return await self.process(["-m", "app.cli", "worker"], "ours", more)
 
-    async def _server(self, name: str, arguments: Sequence[str], side: str, path: str, **more: str) -> Process:
-        if (key := f"{name} {sorted(more.items())}") not in self._started:
-            [port] = ports.free_ports(1)
-            self._started[key] = await self.process(name, arguments, side, PORT=str(port), **more)
-            await _answers(port, path, START_SECONDS)
-        return self._started[key]
+    async def relay(self, more: Mapping[str, str] = MappingProxyType({})) -> Process:
+        """Our relay. It may take a while until it works."""
+        return await self.process(["-m", "app.cli", "relay"], "ours", more)
+
+    async def process(
+        self,
+        arguments: Sequence[str],
+        side: str,
+        more: Mapping[str, str] = MappingProxyType({}),
+        *,
+        python: Path = PYTHON,
+        port: int = 0,
+    ) -> Process:
+        """A Python process with these arguments, ended with the measure. `port` is where it will listen."""
+        command = [str(python), *arguments]
+        with (self.home / "log").open("ab") as log:
+            one = subprocess.Popen(  # noqa: ASYNC220  # it does not wait
+                command,
+                env=self.environment(side, more),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=linux.before_exec(parent_death_signal=signal.SIGTERM),  # noqa: PLW1509  # plain system calls
+            )
+        self._started.append(one)
+        return Process(pid=one.pid, port=port)
+
+    async def done(
+        self,
+        arguments: Sequence[str],
+        side: str,
+        more: Mapping[str, str] = MappingProxyType({}),
+        *,
+        python: Path = PYTHON,
+    ) -> str:
+        """What a Python process with these arguments prints, once it has ended.
+
+        Raises:
+            RuntimeError: if it failed; with its last line.
+        """
+        process = await asyncio.create_subprocess_exec(
+            python,
+            *arguments,
+            env=self.environment(side, more),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=linux.before_exec(parent_death_signal=signal.SIGKILL),
+        )
+        printed, said = await process.communicate()
+        if process.returncode:
+            raise RuntimeError((said.decode(errors="replace").strip().splitlines() or ["it failed"])[-1][:200])
+        return printed.decode()
+
+    async def _server(
+        self, arguments: Sequence[str], side: str, path: str, more: Mapping[str, str] = MappingProxyType({})
+    ) -> Process:
+        [port] = ports.free_ports(1)
+        one = await self.process(arguments, side, {**more, "PORT": str(port)}, port=port)
+        await _answers(port, path, START_SECONDS)
+        return one
+
+    def say(self, line: str) -> None:
+        """Tell who watches how far it is."""
+        sys.stderr.write(f"{line}\n")
+
+    def has_peers(self) -> bool:
+        """Whether the peers' environment is there. If it is not, that is noted."""
+        if not PEERS.exists():
+            self.skipped["peers"] = "their environment is not there: `make .venv/.bench`"
+        return PEERS.exists()
 
     async def migrate(self) -> None:
         """Make the tables of our side; may be repeated."""
@@ -151,9 +222,14 @@ class Stage:
         finally:
             await connection.close()
 
+    def broker(self, side: str) -> "redis.asyncio.Redis":
+        """A client of the side's Redis database."""
+        client: redis.asyncio.Redis = redis.asyncio.Redis.from_url(self.broker_url(side))
+        return client
+
     async def cleared(self, side: str, *tables: str) -> None:
         """Empty these tables and the Redis database of the side, so that each load finds the same."""
-        async with redis.asyncio.Redis.from_url(self.broker_url(side)) as broker:
+        async with self.broker(side) as broker:
             await broker.flushdb()
         if tables:
             async with self.connection(side) as connection:
@@ -164,27 +240,19 @@ def _database(side: str) -> str:
     return "taskqueue" if side == "ours" else side.replace("-", "_")
 
 
-@contextlib.asynccontextmanager
-async def _process(
-    command: Sequence[str], environment: Mapping[str, str], log: Path
-) -> AsyncIterator["subprocess.Popen[bytes]"]:
-    with log.open("wb") as output:
-        one = subprocess.Popen(  # noqa: ASYNC220  # it does not wait
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=linux.before_exec(parent_death_signal=signal.SIGTERM),  # noqa: PLW1509  # plain system calls only
-        )
-    try:
-        yield one
-    finally:
+async def _ended(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End them all well, and kill what is left of them and of what they have started."""
+    families: list[psutil.Process] = []
+    for one in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            families += Process(pid=one.pid).family()
         one.terminate()
-        try:
-            await asyncio.to_thread(one.wait, STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            one.kill()
+    _, left = await asyncio.to_thread(psutil.wait_procs, families, STOP_SECONDS)
+    for each in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    for one in processes:
+        await asyncio.to_thread(one.wait)
 
 
 async def _answers(port: int, path: str, seconds: float) -> None:
@@ -213,6 +281,13 @@ async def stage(home: Path, plan: Plan) -> AsyncIterator[Stage]:
         for side in SIDES[1:]:
             await connection.execute(f"CREATE DATABASE {_database(side)}")
         await connection.close()
-        one = Stage(home=home, plan=plan, load=load, postgres_url=postgres.url, redis_url=broker.url, _stack=stack)
+        one = Stage(
+            home=home,
+            plan=plan,
+            load=load,
+            postgres_url=postgres.url,
+            redis_url=broker.url,
+            servers=[Process(pid=server.pid) for server in (postgres, broker) if server.pid is not None],
+        )
         await one.migrate()
         yield one

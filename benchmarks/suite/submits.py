@@ -60,7 +60,7 @@ async def started(stage: Stage) -> dict[str, Process]:
         stage.api(),
         stage.serve("tutorial", "benchmarks.suite.tutorial:app"),
         stage.serve("ours", "benchmarks.suite.empty:app"),
-        stage.api(TASKQUEUE_METRICS_PORT=str(ports.free_ports(1)[0])),
+        stage.api({"TASKQUEUE_METRICS_PORT": str(ports.free_ports(1)[0])}),
     )
     return dict(zip((OURS, TUTORIAL, EMPTY, METRICS), servers, strict=True))
 

@@ -44,7 +44,7 @@ LATE_SECONDS = 60.0
 START_SECONDS = 30.0
 
 # `$1` are the origins, in turn from the `$2`-th on.
-_DUE = """
+DUE = """
 WITH t AS (
     INSERT INTO task (id, name, queue, args, kwargs, status, attempt, result, finished_at)
     SELECT gen_random_uuid(), 'sample.echo', 'default', '[]', '{}', 'SUCCESS', 1, '1', now()
@@ -153,7 +153,7 @@ async def latencies(url: str, origins: Sequence[str], asked: Connection, given: 
     began, made = time.monotonic(), 0
     while (since := time.monotonic() - began) < WARM_SECONDS + given.seconds:
         wanted = int(since * given.rate)
-        for row in await connection.fetch(_DUE, origins, made, wanted - made, 0.0):
+        for row in await connection.fetch(DUE, origins, made, wanted - made, 0.0):
             if since >= WARM_SECONDS:
                 created[row["id"]] = row["created_at"]
         made = wanted
@@ -174,7 +174,7 @@ async def emptied(url: str, holes: Sequence[str]) -> None:
     connection = await asyncpg.connect(url)
     await connection.execute("TRUNCATE task CASCADE")
     if holes:
-        await connection.execute(_DUE, holes, 0, DEAD * len(holes), 3600.0)
+        await connection.execute(DUE, holes, 0, DEAD * len(holes), 3600.0)
         # They have their place among the events since then, too.
         await connection.execute("UPDATE webhook_delivery SET position = nextval('event_position')")
     await connection.execute("VACUUM ANALYZE webhook_delivery")

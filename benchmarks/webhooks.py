@@ -31,6 +31,9 @@ AT_ONCE = 100
 """As many as a relay has on their way at once."""
 BARE_AT_ONCE = 4
 """Where a bare client is fastest: its pool looks at every connection for every request."""
+NAIVE = "a client each"
+NAIVE_PART = 40
+"""It is so much slower that a part of the posts is enough."""
 BODY = b'{"type": "task.succeeded", "data": {"result": "' + b"x" * 1024 + b'"}}'
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -93,7 +96,7 @@ async def rates(post: Post, posts: int, at_once: int) -> tuple[float, float]:
 async def measured(
     url: str, rounds: int, posts: int, at_once: Mapping[str, int]
 ) -> dict[str, list[tuple[float, float]]]:
-    """The rates of both, round by round."""
+    """The rates of all that `at_once` names, round by round."""
     bare = httpx.AsyncClient(
         timeout=None,  # noqa: S113  # the fastest that there is
         trust_env=False,
@@ -124,11 +127,17 @@ async def measured(
         )
         return receipt.outcome is webhook.Outcome.SUCCESS
 
-    ways: dict[str, Post] = {"bare httpx": by_bare_client, "sender": by_sender}
+    async def by_client_each() -> bool:
+        async with httpx.AsyncClient() as client:
+            response = await client.post(url, content=BODY, headers=headers)
+        return response.status_code == httpx.codes.OK
+
+    ways: dict[str, Post] = {"bare httpx": by_bare_client, "sender": by_sender, NAIVE: by_client_each}
+    ways = {name: way for name, way in ways.items() if name in at_once}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name in sorted(ways, reverse=bool(number % 2)):
-            one = await rates(ways[name], posts, at_once[name])
+            one = await rates(ways[name], max(1, posts // NAIVE_PART) if name == NAIVE else posts, at_once[name])
             if number:  # the first round warms up
                 found[name].append(one)
     await bare.aclose()
@@ -143,13 +152,14 @@ def main() -> int:
     parser.add_argument("--posts", type=int, default=1500, help="in each round")
     parser.add_argument("--at-once", type=int, default=AT_ONCE)
     parser.add_argument("--bare-at-once", type=int, default=BARE_AT_ONCE)
+    parser.add_argument("--naive", action="store_true", help="also post with a new httpx client each")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
     receiver = multiprocessing.get_context("fork").Process(target=receive, args=(listening,), daemon=True)
     receiver.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/hooks/tasks?owner=1"
-    at_once = {"bare httpx": options.bare_at_once, "sender": options.at_once}
+    at_once = {"bare httpx": options.bare_at_once, "sender": options.at_once} | ({NAIVE: 4} if options.naive else {})
     try:
         found = asyncio.run(measured(url, options.rounds, options.posts, at_once))
     finally:

@@ -215,7 +215,7 @@ class Run:
 
     async def _fill(self, count: int) -> None:
         if self._side.filler is None:
-            await _submitted(self._api.port, count)
+            await submitted(self._api.port, count)
             return
         await self._stage.done(
             ["-m", self._side.filler, str(count)],
@@ -240,7 +240,8 @@ class Run:
             yield done
 
 
-async def _submitted(port: int, count: int) -> None:
+async def submitted(port: int, count: int) -> None:
+    """Have so many tasks submitted to our API on this port, a thousand at once."""
     async with httpx.AsyncClient(base_url=f"http://{ports.ADDRESS}:{port}", timeout=60) as client:
         for first in range(0, count, BATCH):
             wanted = [{"task": "sample.echo", "args": [1]}] * min(BATCH, count - first)

@@ -18,7 +18,7 @@ from benchmarks.suite.stage import Stage
 from benchmarks.suite.submits import TUTORIAL
 
 LONG_POLL, WEBHOOK = "ours, waited for", "ours, by webhook"
-TUTORIAL_WORKER = "-m celery -A benchmarks.suite.tutorial worker -c 2 --loglevel WARNING"
+TUTORIAL_WORKER = "-m celery -A benchmarks.suite.tutorial:celery worker -c 2 --loglevel WARNING"
 WARM_UP = 10
 PATIENCE_SECONDS = 60.0
 

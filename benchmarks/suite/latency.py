@@ -18,7 +18,7 @@ from benchmarks.suite.stage import Stage
 from benchmarks.suite.submits import TUTORIAL
 
 LONG_POLL, WEBHOOK = "ours, waited for", "ours, by webhook"
-TUTORIAL_WORKER = "-m celery -A benchmarks.suite.tutorial:celery worker -c 2 --loglevel WARNING"
+TUTORIAL_WORKER = "-m celery -A benchmarks.suite.tutorial worker -c 2 --loglevel WARNING"
 WARM_UP = 10
 PATIENCE_SECONDS = 60.0
 
@@ -28,14 +28,12 @@ Way = Callable[[], Awaitable[None]]
 
 async def measure(stage: Stage) -> list[Measure]:
     """Milliseconds from submit to result, of tasks that do nothing."""
-    ours, tutorial = await asyncio.gather(stage.api(), stage.serve("tutorial", "benchmarks.suite.tutorial:app"))
+    ours, tutorial = await asyncio.gather(stage.api(), stage.serve("tutorial", "benchmarks.suite.tutorial:api"))
     await stage.cleared("ours", "task")
     await stage.cleared("tutorial", "tutorial_task")
     await stage.worker()
     await stage.relay()
-    await stage.process(
-        ["-m", "celery", "-A", "benchmarks.suite.tutorial", "worker", "-c", "2", "--loglevel", "WARNING"], "tutorial"
-    )
+    await stage.process(TUTORIAL_WORKER.split(), "tutorial")
     found: dict[str, dict[str, list[float]]] = {"p50": {}, "p99": {}}
     async with contextlib.AsyncExitStack() as stack:
         told = await stack.enter_async_context(receiver())

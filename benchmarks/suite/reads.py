@@ -23,7 +23,7 @@ async def measure(stage: Stage) -> list[Measure]:
     """Status reads over 16 connections, of a thousand tasks that wait."""
     ours, tutorial, empty = await asyncio.gather(
         stage.api(),
-        stage.serve("tutorial", "benchmarks.suite.tutorial:app"),
+        stage.serve("tutorial", "benchmarks.suite.tutorial:api"),
         stage.serve("ours", "benchmarks.suite.empty:app"),
     )
     await stage.cleared("ours", "task")

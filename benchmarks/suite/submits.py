@@ -58,7 +58,7 @@ async def started(stage: Stage) -> dict[str, Process]:
     """The servers of all sides."""
     servers = await asyncio.gather(
         stage.api(),
-        stage.serve("tutorial", "benchmarks.suite.tutorial:app"),
+        stage.serve("tutorial", "benchmarks.suite.tutorial:api"),
         stage.serve("ours", "benchmarks.suite.empty:app"),
         stage.api({"TASKQUEUE_METRICS_PORT": str(ports.free_ports(1)[0])}),
     )

@@ -20,8 +20,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlmodel import Field, SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession
 
-celery = Celery("tutorial", broker=os.environ["REDIS_URL"], backend=os.environ["REDIS_URL"])
-celery.conf.task_default_queue = "tutorial"
+app = Celery("tutorial", broker=os.environ["REDIS_URL"], backend=os.environ["REDIS_URL"])
+app.conf.task_default_queue = "tutorial"
 engine = create_async_engine(os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+asyncpg:"))
 sessions = async_sessionmaker(engine, class_=AsyncSession, expire_on_commit=False)
 
@@ -34,7 +34,7 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-app = FastAPI(lifespan=lifespan)
+api = FastAPI(lifespan=lifespan)
 
 
 class TutorialTask(SQLModel, table=True):
@@ -58,7 +58,7 @@ class Submit(BaseModel):
     webhook_url: str | None = None
 
 
-@celery.task(name="tutorial.echo")  # type: ignore[untyped-decorator]  # Celery ships no types
+@app.task(name="tutorial.echo")  # type: ignore[untyped-decorator]  # Celery ships no types
 def echo(task_id: str, value: object, webhook_url: str | None) -> object:
     """Return the argument, and tell the webhook."""
     if webhook_url is not None:
@@ -73,7 +73,7 @@ async def session() -> AsyncIterator[AsyncSession]:
         yield one
 
 
-@app.post("/api/tasks/submit", status_code=202)
+@api.post("/api/tasks/submit", status_code=202)
 async def submit(wanted: Submit, rows: Annotated[AsyncSession, Depends(session)]) -> dict[str, str]:
     """Insert, commit, and block the loop for a `delay`."""
     row = TutorialTask(webhook_url=wanted.webhook_url)
@@ -84,14 +84,14 @@ async def submit(wanted: Submit, rows: Annotated[AsyncSession, Depends(session)]
     return {"task_id": str(row.id)}
 
 
-@app.get("/api/tasks/{task_id}/status")
+@api.get("/api/tasks/{task_id}/status")
 def read_status(task_id: str) -> dict[str, str]:
     """What Celery's result backend says; in a thread, as it blocks."""
-    return {"status": celery.AsyncResult(task_id).status}
+    return {"status": app.AsyncResult(task_id).status}
 
 
-@app.get("/api/tasks/{task_id}/result")
+@api.get("/api/tasks/{task_id}/result")
 def read_result(task_id: str) -> dict[str, Any]:
     """As the status."""
-    found = celery.AsyncResult(task_id)
+    found = app.AsyncResult(task_id)
     return {"status": found.status, "result": found.result if found.successful() else None}

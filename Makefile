@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 IMAGE ?= taskqueue:dev
 BUILDER ?= docker
 DEMO_ARGS ?=
-SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py worker/test_metrics.py)
+SLOW := $(addprefix tests/integration/,test_upgrade.py test_scale.py test_disk_use.py test_benchmarks.py worker/test_metrics.py)
 BENCH_ARGS ?=
 API_ARGS ?=
 
@@ -82,8 +82,8 @@ demo-faults: $(VENV)/.embedded ## Kill everything under 500 tasks, and count wha
 	@exec $(BIN)/python -m app.dev.demo_faults $(DEMO_ARGS)
 
 .PHONY: bench
-bench: $(VENV)/.bench ## Measure everything against the peers and the limits; BENCH_ARGS="--only submit"
-	@exec $(BIN)/python -m benchmarks.suite $(BENCH_ARGS)
+bench: $(VENV)/.bench ## Measure all against the peers and the limits, and write docs/performance.md; BENCH_ARGS="--only submit"
+	@exec $(BIN)/python -m benchmarks.suite --record $(BENCH_ARGS)
 
 .PHONY: bench-quick
 bench-quick: $(VENV)/.bench ## The same in three minutes at most: short rounds, and three of them

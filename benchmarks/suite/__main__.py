@@ -1,6 +1,6 @@
 """Our figures beside the peers' and the limits', on one Postgres and one Redis, in turns.
 
-    python -m benchmarks.suite [--quick] [--only NAME]... [--json FILE] [--page FILE]
+    python -m benchmarks.suite [--quick] [--only NAME]... [--json FILE] [--record]
 
 It starts everything itself: a Postgres that keeps its promises (fsync on), a
 Redis that keeps an append-only file, and every side on them. Our API asks for
@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from typing import Any
 import asyncpg
 import redis.asyncio
 
-from benchmarks.suite import figures, footprint, latency, noops, posts, reads, submits, waiting_rows
+from benchmarks.suite import figures, footprint, latency, noops, page, posts, reads, submits, waiting_rows
 from benchmarks.suite.stage import Plan, Stage, stage
 
 MEASURES: Mapping[str, Callable[[Stage], Awaitable[list[figures.Measure]]]] = {
@@ -38,6 +39,9 @@ MEASURES: Mapping[str, Callable[[Stage], Awaitable[list[figures.Measure]]]] = {
     "backlog": waiting_rows.measure,
 }
 """By the name that `--only` takes, in the order of the table."""
+
+JSON = Path(__file__).parents[2] / "docs" / "performance.json"
+PAGE = JSON.with_suffix(".md")
 
 SLOW = {"backlog"}
 """What a quick run leaves out."""
@@ -74,11 +78,26 @@ async def run(plan: Plan, names: list[str]) -> figures.Report:
             report = figures.Report(machine=await machine(one), options=options)
             for name in names:
                 began = time.monotonic()
-                async with one.one_measure():
-                    report.measures += await MEASURES[name](one)
+                try:
+                    async with one.one_measure():
+                        report.measures += await MEASURES[name](one)
+                except (OSError, RuntimeError) as failed:  # the others are still to be measured
+                    one.skipped[name] = str(failed) or type(failed).__name__
                 sys.stderr.write(f"{name}: {time.monotonic() - began:.0f} s\n")
             report.skipped |= one.skipped
             return report
+
+
+def record(report: figures.Report) -> None:
+    """Write the figures and the page of a run."""
+    JSON.write_text(written(report))
+    PAGE.write_text(page.page(report, MEASURES))
+
+
+def written(report: figures.Report) -> str:
+    """A run as JSON, one side's figures a line."""
+    text = json.dumps(report.plain(), indent=1, ensure_ascii=False)
+    return re.sub(r"\[([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def main() -> int:
@@ -87,6 +106,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three short rounds")
     parser.add_argument("--only", action="append", choices=MEASURES, metavar="NAME", help=", ".join(MEASURES))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument(
+        "--record", action="store_true", help="write docs/performance.json and .md, unless --only is given"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what was started is to end, too
     plan = QUICK if options.quick else FULL
@@ -96,6 +118,8 @@ def main() -> int:
         print(f"left out: {name}: {reason}")
     if options.json:
         options.json.write_text(json.dumps(report.plain(), indent=1) + "\n")
+    if options.record and not options.only:
+        record(report)
     verdicts = [line.verdict for measure in report.measures for line in figures.lines(measure)]
     return 1 if "over" in verdicts else 0
 

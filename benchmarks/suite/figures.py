@@ -127,6 +127,15 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
+def spread(measure: Measure, against: str) -> str:
+    """The least and the greatest of the ratios, as the page shows them; nothing if there is no such side."""
+    if against not in measure.figures or OURS not in measure.figures:
+        return ""
+    pairs = zip(measure.figures[OURS], measure.figures[against], strict=True)
+    ratios = [one / other for one, other in pairs]
+    return f"{min(ratios):.2f}…{max(ratios):.2f}"
+
+
 def lines(measure: Measure) -> list[Line]:
     """The lines of one measure: one for each comparison, or one that shows our figure alone."""
     ours = measure.figures.get(OURS)

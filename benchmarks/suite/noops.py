@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 60.0
 BATCH = 1000
 PILOT = 300
 """Tasks by which a side warms up, and that tell how many make a round."""
+MOST = 20_000
 
 _RESULTS = "return #redis.call('keys', ARGV[1])"
 
@@ -128,17 +129,18 @@ async def measure(stage: Stage) -> list[Measure]:
     runs = {name: Run(stage, side, api) for name, side in SIDES.items() if not side.is_peer or stage.has_peers()}
     await asyncio.gather(*(one.start() for one in runs.values()))
     found: dict[str, dict[str, list[float]]] = {"rate": {}, "cpu": {}, "all cpu": {}}
-    counts = {}
-    for name, one in list(runs.items()):
-        try:
-            pilot = await one.worked_off(PILOT)
-        except (TimeoutError, RuntimeError) as failed:
-            stage.skipped[name] = str(failed) or f"it did not end {PILOT} tasks in {PATIENCE_SECONDS:g} s"
-            stage.say(f"{name} is left out: {stage.skipped[name]}")
-            del runs[name]
-        else:
-            stage.say(f"{name}: {pilot['rate']:.0f} tasks/s to warm up")
-            counts[name] = max(PILOT, int(pilot["rate"] * stage.plan.seconds * 1.5))
+    counts = dict.fromkeys(runs, PILOT)
+    for turn in ("starts", "warms up"):
+        for name, one in list(runs.items()):
+            try:
+                rate = (await one.worked_off(PILOT))["rate"]
+            except (TimeoutError, RuntimeError) as failed:
+                stage.skipped[name] = str(failed) or f"it did not end {PILOT} tasks in {PATIENCE_SECONDS:g} s"
+                stage.say(f"{name} is left out: {stage.skipped[name]}")
+                del runs[name]
+            else:
+                stage.say(f"{name} {turn}: {rate:.0f} tasks/s")
+                counts[name] = min(MOST, max(PILOT, int(rate * stage.plan.seconds * 1.5)))
     for _, names in stage.plan.turns([*runs, BARE, COMMITS]):
         for name in names:
             if name in runs:

@@ -27,7 +27,7 @@ import asyncpg
 import redis.asyncio
 
 from benchmarks.suite import figures, footprint, latency, noops, page, posts, reads, submits, waiting_rows
-from benchmarks.suite.stage import Plan, Stage, stage
+from benchmarks.suite.stage import PEERS, Plan, Stage, stage
 
 MEASURES: Mapping[str, Callable[[Stage], Awaitable[list[figures.Measure]]]] = {
     "memory": footprint.measure,
@@ -48,6 +48,7 @@ SLOW = {"backlog"}
 FULL = Plan(quick=False, rounds=5, seconds=2.0)
 QUICK = Plan(quick=True, rounds=3, seconds=0.5)
 PACKAGES = ("fastapi", "uvicorn", "uvloop", "celery", "sqlmodel", "httpx", "asyncpg")
+PEER_PACKAGES = ("procrastinate", "arq", "taskiq", "taskiq-redis", "dramatiq")
 
 
 async def machine(one: Stage) -> dict[str, Any]:
@@ -64,10 +65,17 @@ async def machine(one: Stage) -> dict[str, Any]:
         "fsync": await connection.fetchval("SHOW fsync"),
         "redis": redis_version,
         "load before": [round(value, 1) for value in os.getloadavg()],
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {name: metadata.version(name) for name in PACKAGES} | peers(),
     }
     await connection.close()
     return facts
+
+
+def peers() -> dict[str, str]:
+    """The versions of the peers that are there."""
+    packages = [str(path) for path in PEERS.parents[1].glob("lib/python*/site-packages")]
+    found = {one.name: one.version for one in metadata.distributions(path=packages)} if packages else {}
+    return {name: found[name] for name in PEER_PACKAGES if name in found}
 
 
 async def run(plan: Plan, names: list[str]) -> figures.Report:

@@ -30,7 +30,8 @@ anybody hears of it. Telemetry was off, as were metrics where it does not say `c
 ## How to repeat it
 
 `make bench` starts all that it needs and writes this page and `docs/performance.json`, which has every figure of every
-round; it takes about half an hour. `make bench-quick` takes three minutes and writes nothing.
+round; filling a database with millions of rows takes most of its time. `make bench-quick` leaves that out, takes
+three minutes on a machine that does nothing else, and writes nothing.
 `make bench BENCH_ARGS="--only submit"` measures one thing: {names}. The peers are installed into an environment of
 their own from `requirements/bench.txt`; those that can't be had are left out. Let nothing else run meanwhile.
 """
@@ -72,6 +73,7 @@ def _facts(report: Report) -> list[str]:
         f"- {quick}{options['rounds']} rounds, {options['seconds']:g} s of each load",
         f"- The load average of the machine before it began: {load}."
         + (" Others were using the machine: take the figures as provisional." if machine["load before"][0] > 1 else ""),
+        *([f"- {options['note']}"] if "note" in options else []),
     ]
 
 

@@ -6,23 +6,29 @@ asked at once, by itself, and whoever comes while the lanes are taken goes with 
 next statement: batches become as large as the load makes them, and no timer makes
 anybody wait. For submits databases call it a group commit: an answer still means
 that the row is durable.
+
+What is large goes alone (`SHARED_BYTES`): together it would keep others waiting,
+and fill the memory. Who waits in line waits as long as for a connection, no longer.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from contextvars import Context
+from typing import Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
 from app import lifecycle
 from app.core import errors
 from app.core.statuses import TaskStatus
-from app.db import Database
+from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 
 LANES = 2
 """Statements of one kind under way: while one is being answered, the next is sent."""
 BATCH = 100
 """Calls of one statement at most."""
+SHARED_BYTES = 16 * 1024
+"""Arguments of a submit that shares a statement, at most."""
 
 W_contra = TypeVar("W_contra", contravariant=True)
 R_co = TypeVar("R_co", covariant=True)
@@ -42,17 +48,34 @@ class Question(Protocol[W_contra, R_co]):
         ...
 
 
+class _Call(NamedTuple, Generic[W, R]):
+    one: W
+    answer: "asyncio.Future[R]"
+    came: float
+
+
 class Gathering(Generic[W, R]):
     """Asks one kind of question for all the requests of an API process."""
 
-    def __init__(self, question: Question[W, R]) -> None:
+    def __init__(self, question: Question[W, R], *, patience_seconds: float = STATEMENT_TIMEOUT_SECONDS) -> None:
         self._question = question
-        self._waiting: deque[tuple[W, asyncio.Future[R]]] = deque()
+        self._patience = patience_seconds
+        self._waiting: deque[_Call[W, R]] = deque()
         self._free = LANES
         self._asking: set[asyncio.Task[None]] = set()
+        self._impatient: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """How many calls stand in line."""
+        return len(self._waiting)
 
     async def ask(self, one: W) -> R:
-        """The answer for one, whoever it is asked with. Raises as the question does."""
+        """The answer for one, whoever it is asked with.
+
+        Raises:
+            DatabaseUnavailable: also if those before it take too long.
+            Whatever else the question raises.
+        """
         if self._free and not self._waiting:
             self._free -= 1
             try:
@@ -60,48 +83,85 @@ class Gathering(Generic[W, R]):
             finally:
                 self._free += 1
                 self._go_on()
-        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append((one, answer))
-        return await answer
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = loop.create_future()
+        self._waiting.append(_Call(one, answer, loop.time()))
+        if self._impatient is None:
+            self._impatient = loop.call_later(self._patience, self._give_up)
+        try:
+            return await answer
+        finally:
+            del answer  # A failure that it holds knows this frame: neither would go before the next collection.
+
+    def _give_up(self) -> None:
+        """Tell those who have stood in line for too long. One timer does for all: the first in line came first."""
+        loop = asyncio.get_running_loop()
+        while self._waiting and self._waiting[0].came + self._patience <= loop.time():
+            answer = self._waiting.popleft().answer
+            if not answer.done():
+                answer.set_exception(errors.DatabaseUnavailable("Postgres did not answer those before in time"))
+        first = self._waiting[0].came if self._waiting else None
+        self._impatient = None if first is None else loop.call_at(first + self._patience, self._give_up)
 
     def _go_on(self) -> None:
         while self._free and self._waiting:
-            some = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-            self._free -= 1
-            task = asyncio.create_task(self._ask_together(some))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
+            some: list[_Call[W, R]] = []
+            while self._waiting and len(some) < BATCH:
+                call = self._waiting.popleft()
+                if not call.answer.done():  # Whoever has left wants nothing any more.
+                    some.append(call)
+            if some:
+                self._free -= 1
+                # In a context of its own: it is nobody's request, least of all that of whoever freed the lane.
+                task = asyncio.create_task(self._ask_together(some), context=Context())
+                self._asking.add(task)
+                task.add_done_callback(self._asking.discard)
 
-    async def _ask_together(self, some: Sequence[tuple[W, "asyncio.Future[R]"]]) -> None:
+    async def _ask_together(self, some: list[_Call[W, R]]) -> None:
         try:
-            answers = await self._question.together([one for one, _ in some])
-        except errors.StatementRefused:
-            # One of them is at fault. The others have nothing to do with it.
-            for one, answer in some:
-                await self._ask_alone(one, answer)
+            if not await self._answered(some):
+                # One of them is at fault. The others have nothing to do with it.
+                while some:
+                    await self._ask_alone(some.pop(0))
         except BaseException as failed:
-            for _, answer in some:
-                if not answer.done():
-                    answer.set_exception(failed)
+            _fail(some, failed)
             if not isinstance(failed, Exception):
                 raise
-        else:
-            for (_, answer), found in zip(some, answers, strict=True):
-                if not answer.done():  # Whoever asked may have left.
-                    answer.set_result(found)
         finally:
+            # The failure knows this frame, and the answers the failure: together they would keep all arguments.
+            some.clear()
             self._free += 1
             self._go_on()
 
-    async def _ask_alone(self, one: W, answer: "asyncio.Future[R]") -> None:
+    async def _answered(self, some: Sequence[_Call[W, R]]) -> bool:
+        """Answer them all with one statement. Returns whether it was not refused."""
         try:
-            found = await self._question.alone(one)
-        except errors.TaskQueueError as failed:
-            if not answer.done():
-                answer.set_exception(failed)
+            _tell(some, await self._question.together([call.one for call in some]))
+        except errors.StatementRefused:
+            return False
+        return True
+
+    async def _ask_alone(self, call: _Call[W, R]) -> None:
+        try:
+            found = await self._question.alone(call.one)
+        except Exception as failed:  # noqa: BLE001  # whoever asked is told; the others wait for theirs
+            _fail([call], failed)
         else:
-            if not answer.done():
-                answer.set_result(found)
+            _tell([call], [found])
+        finally:
+            del call  # as above
+
+
+def _tell(some: Sequence[_Call[W, R]], answers: Sequence[R]) -> None:
+    for call, found in zip(some, answers, strict=True):
+        if not call.answer.done():  # Whoever asked may have left.
+            call.answer.set_result(found)
+
+
+def _fail(some: Sequence[_Call[W, R]], failed: BaseException) -> None:
+    for call in some:
+        if not call.answer.done():
+            call.answer.set_exception(failed)
 
 
 class Submits:

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -153,11 +154,16 @@ class _Lifespan:
             guarded = door.Door.of(settings, db)
             if guarded is not None:
                 stack.push_async_callback(stop, asyncio.create_task(guarded.run()))
+            submits, statuses = Gathering(Submits(db)), Gathering(Statuses(db))
+            for kind, line in (("submit", submits), ("status", statuses)):
+                stack.callback(metrics.watch_line(kind, partial(len, line)))
             watch = Watch(db, broker, shared=guarded is not None)
             stack.push_async_callback(stop, asyncio.create_task(_keep_watching(watch)))
             stack.callback(watch.close)
             stack.enter_context(hearing(watch.close))
             # What is there now stays, so no collection looks at it again.
+            stack.callback(gc.set_threshold, *gc.get_threshold())
+            stack.callback(gc.unfreeze)
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GARBAGE_THRESHOLDS)
@@ -166,8 +172,8 @@ class _Lifespan:
                 db=db,
                 broker=broker,
                 publisher=publisher,
-                submits=Gathering(Submits(db)),
-                statuses=Gathering(Statuses(db)),
+                submits=submits,
+                statuses=statuses,
                 backlog=backlog,
                 rules=EgressRules.from_settings(settings),
                 readiness=health.Readiness(db, broker, needed_revision=migrations.head()),

@@ -34,10 +34,11 @@ WITH wanted AS MATERIALIZED (
                id uuid, name text, queue text, args text, kwargs text, tags text[], webhook_url text,
                webhook_events text[], max_retries int, time_limit float8, traceparent text, owner text,
                delay_seconds float8, due_at timestamptz, expires_in_seconds float8, expires_at timestamptz,
-               unique_key text, unique_for_seconds float8, rerun_of uuid, concurrency_key text)) WITH ORDINALITY
+               unique_key text, unique_for_seconds float8, rerun_of uuid, concurrency_key text, failures int))
+           WITH ORDINALITY
            AS w (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit, traceparent,
                  owner, delay_seconds, due_at, expires_in_seconds, expires_at, unique_key, unique_for_seconds, rerun_of,
-                 concurrency_key, item)
+                 concurrency_key, failures, item)
 ), known AS MATERIALIZED (
     SELECT w.*, u.task_id AS holder, t.id AS twin
       FROM wanted w
@@ -83,9 +84,10 @@ WITH wanted AS MATERIALIZED (
              WHERE (SELECT opens FROM gate) AND w.twin IS NULL ORDER BY item) o
 ), inserted AS (
     INSERT INTO task (id, name, queue, args, kwargs, tags, webhook_url, webhook_events, max_retries, time_limit,
-                      traceparent, rerun_of, owner, concurrency_key, run_at, expires_at, position, published_at)
+                      traceparent, rerun_of, owner, concurrency_key, failures, run_at, expires_at, position,
+                      published_at)
     SELECT id, name, queue, args::json, kwargs::json, tags, webhook_url, webhook_events, max_retries, time_limit,
-           traceparent, rerun_of, owner, concurrency_key, run_at,
+           traceparent, rerun_of, owner, concurrency_key, COALESCE(failures, 0), run_at,
            COALESCE(expires_at, now() + make_interval(secs => expires_in_seconds)),
            place, CASE WHEN reason IS NOT NULL THEN 'infinity' WHEN place IS NOT NULL AND may_push THEN now() END
       FROM placed
@@ -177,6 +179,8 @@ def _row(new: NewTask) -> dict[str, object]:
         row["unique_key"] = new.unique_key.hex()
     if new.rerun_of is not None:
         row["rerun_of"] = str(new.rerun_of)
+    if new.failures:
+        row["failures"] = new.failures
     return row
 
 

@@ -19,6 +19,7 @@ from app import intake, lifecycle, schemas
 from app.core import errors, metrics, telemetry, tracing
 from app.core.errors import FieldError
 from app.core.fields import FIELD_ERRORS_LIMIT
+from app.gathering import SHARED_BYTES
 from app.routers.door import Caller
 from app.routers.state import State
 
@@ -134,7 +135,11 @@ async def _accept_plain(state: State, new: lifecycle.NewTask, traced_before: str
     with tracing.create(new.queue, task=new.name, task_id=new.id, reruns=traced_before) as traceparent:
         if traceparent is not None:
             new = replace(new, traceparent=traceparent)
-        bell = await state["submits"].ask((new, publisher.away(new.queue)))
+        away = publisher.away(new.queue)
+        if new.size_bytes > SHARED_BYTES:
+            bell = await lifecycle.submit(state["db"], new, hold_back=away)
+        else:
+            bell = await state["submits"].ask((new, away))
     state["backlog"].accepted()
     if bell is not None:
         publisher.ring(bell)

@@ -295,13 +295,18 @@ PAGE = Page(
                 Panel(
                     title="Requests in flight, and connections to Postgres",
                     unit="short",
-                    says="All connections in use for long: statements wait for each other, look for slow ones in"
-                    " `pg_stat_activity`. Requests grow with latency: add replicas of the API.",
+                    says="Submits and looks at a status share statements: two of each are under way at a time, and"
+                    " hundreds in line for long mean that Postgres is slow. So do connections that are all in use: look"
+                    " for what waits in `pg_stat_activity`. Requests grow with latency: add replicas of the API.",
                     queries=(
                         Query(expr=f"sum(http_server_active_requests{{{API}}})", legend="requests"),
                         Query(
                             expr=total("taskqueue_db_pool_connections", "state", NAMESPACE),
                             legend="connections {{state}}",
+                        ),
+                        Query(
+                            expr=total("taskqueue_db_waiting_calls", "kind", NAMESPACE),
+                            legend="in line: {{kind}}",
                         ),
                     ),
                 ),

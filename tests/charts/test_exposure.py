@@ -88,6 +88,18 @@ def test_what_rules_and_dashboards_have_in_braces_is_left_alone() -> None:
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
+def test_alerts_lead_to_their_runbooks_and_dashboards() -> None:
+    for base, grafana in (("", ""), ("https://git.example/q/blob/v1/", "https://grafana.example")):
+        values = {"metrics": {"prometheusRule": {"enabled": True, "runbooks": base, "grafana": grafana}}}
+        objects = rendering.render(values)
+        groups = of_kind(objects, "PrometheusRule")[PREFIX]["spec"]["groups"]
+        alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+        assert alerts
+        for alert in alerts:
+            assert alert["annotations"]["runbook_url"] == f"{base}docs/runbooks/{alert['alert']}.md"
+            assert alert["annotations"]["dashboard_url"].startswith(f"{grafana}/d/taskqueue-")
+
+
 def test_the_rules_and_dashboards_of_the_chart_are_all_taken() -> None:
     objects = rendering.way("ha")
     groups = {group["name"] for group in of_kind(objects, "PrometheusRule")[PREFIX]["spec"]["groups"]}

@@ -1,7 +1,11 @@
 """Submits that share statements: all are stored, each is answered for itself, and nobody waits for a timer."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+import time
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -102,7 +106,7 @@ async def test_a_task_that_is_not_due_has_no_place_and_no_message(db: Counting, 
     assert set((await stored(settings)).values()) == {None}
 
 
-async def test_one_that_left_is_stored_with_the_others(db: Counting, settings: Settings) -> None:
+async def test_one_that_left_before_it_was_asked_is_not_stored(db: Counting, settings: Settings) -> None:
     writer = Gathering(Submits(db))
     wanted = [new() for _ in range(20)]
     answers = [asyncio.create_task(writer.ask((one, False))) for one in wanted]
@@ -112,7 +116,7 @@ async def test_one_that_left_is_stored_with_the_others(db: Counting, settings: S
         bells = await asyncio.gather(*answers, return_exceptions=True)
     assert isinstance(bells.pop(), asyncio.CancelledError)
     assert all(isinstance(bell, lifecycle.Bell) for bell in bells)
-    assert len(await stored(settings)) == 20
+    assert len(await stored(settings)) == 19
     # The lanes are free again.
     assert await writer.ask((new(), False)) is not None
 
@@ -143,3 +147,90 @@ async def test_looks_that_come_together_share_statements_and_see_no_others_task(
     for (task_id, owner), status in zip(asked, found, strict=True):
         expected = ("REVOKED" if task_id == tasks[4].id else "PENDING") if owners.get(task_id) == owner else None
         assert status == expected
+
+
+class Echo:
+    """Answers with what it was asked, once it is let; and notes what it was asked together."""
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.seen: list[object] = []
+        self.failure: type[Exception] | None = None
+
+    async def alone(self, one: object, /) -> object:
+        self.seen.append((of_request.get(), one))
+        await self.may.wait()
+        if self.failure is not None:
+            raise self.failure("in vain")
+        return one
+
+    async def together(self, some: Sequence[object], /) -> Sequence[object]:
+        self.seen.append((of_request.get(), len(some)))
+        await self.may.wait()
+        if self.failure is not None:
+            raise self.failure("in vain")
+        return list(some)
+
+
+of_request: ContextVar[str] = ContextVar("of_request", default="nobody's")
+
+
+async def test_who_stands_in_line_for_too_long_is_told() -> None:
+    echo = Echo()
+    line = Gathering[object, object](echo, patience_seconds=0.2)
+    first = [asyncio.create_task(line.ask(number)) for number in range(LANES)]
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        answers = await asyncio.gather(*(line.ask(number) for number in range(50)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {errors.DatabaseUnavailable}
+    assert 0.2 <= time.monotonic() - began < TIMEOUT_SECONDS / 2
+    assert len(line) == 0
+    echo.may.set()
+    assert await asyncio.gather(*first) == [0, 1]
+    assert await line.ask("the next") == "the next"
+
+
+async def test_what_is_asked_together_is_nobodys_request() -> None:
+    echo = Echo()
+    line = Gathering[object, object](echo)
+
+    async def request(name: str) -> object:
+        of_request.set(name)
+        return await line.ask(name)
+
+    requests = [asyncio.create_task(request(f"request {number}")) for number in range(LANES + 3)]
+    await asyncio.sleep(0)
+    echo.may.set()
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        assert await asyncio.gather(*requests) == [f"request {number}" for number in range(LANES + 3)]
+    assert echo.seen[LANES:] == [("nobody's", 3)]
+
+
+@pytest.mark.parametrize("failure", [errors.StatementRefused, errors.DatabaseUnavailable, ValueError])
+async def test_what_was_asked_in_vain_is_not_kept(failure: type[Exception]) -> None:
+    class Asked:
+        """Can be referred to weakly."""
+
+    echo = Echo()
+    echo.failure = failure
+    line = Gathering[object, object](echo)
+    asked = [Asked() for _ in range(LANES + 5)]
+    kept = [weakref.ref(one) for one in asked]
+    gc.collect()
+    gc.disable()
+    try:
+        requests = [asyncio.create_task(line.ask(one)) for one in asked]
+        await asyncio.sleep(0)
+        echo.may.set()
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            answers = await asyncio.gather(*requests, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {failure}
+        del requests, answers
+        asked.clear()
+        echo.seen.clear()
+        echo.failure = None
+        await asyncio.sleep(0)
+        assert sum(one() is not None for one in kept) == 0
+    finally:
+        gc.enable()

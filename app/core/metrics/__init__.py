@@ -36,7 +36,15 @@ from app.core.metrics.happenings import (
     webhook_attempted,
     webhooks_ended,
 )
-from app.core.metrics.state import collecting, pool_name, show_circuits, show_heartbeat, show_pool, watch_pool
+from app.core.metrics.state import (
+    collecting,
+    pool_name,
+    show_circuits,
+    show_heartbeat,
+    show_pool,
+    watch_line,
+    watch_pool,
+)
 
 __all__ = [
     "UNKNOWN",
@@ -69,6 +77,7 @@ __all__ = [
     "swept",
     "task_finished",
     "turned_away",
+    "watch_line",
     "watch_pool",
     "webhook_attempted",
     "webhooks_ended",

@@ -83,3 +83,12 @@ def watch_pool(connections: Callable[[], tuple[int, int]]) -> Callable[[], None]
         return {(name, ("in_use",)): in_use, (name, ("idle",)): idle}
 
     return GAUGES.ask("connections", asked)
+
+
+def watch_line(kind: str, waiting: Callable[[], int]) -> Callable[[], None]:
+    """Ask how many calls of a kind stand in line for Postgres, whenever somebody looks. Returns what ends it."""
+
+    def asked() -> dict[tuple[str, Labels], float]:
+        return {("taskqueue_db_waiting_calls", (kind,)): waiting()}
+
+    return GAUGES.ask(f"line of {kind}", asked)

@@ -39,6 +39,14 @@ REQUESTS = (
         do="All in use for long: statements wait for each other. Look for slow ones in `pg_stat_activity`.",
     ),
     Metric(
+        name="taskqueue_db_waiting_calls",
+        kind="gauge",
+        labels=("kind",),
+        exported_by=(API,),
+        says="Submits, and looks at a status, that stand in line for the next statement, which they share: `kind`.",
+        do="Hundreds for long: Postgres answers slowly. Look for what it waits for in `pg_stat_activity`.",
+    ),
+    Metric(
         name="taskqueue_build_info",
         kind="gauge",
         labels=("version", "revision"),

@@ -66,6 +66,22 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
+{{/* Checks of kube-score that a workload is not to be held to, each with its reason. */}}
+{{- define "taskqueue.answers" -}}
+{{- $answers := list -}}
+{{- /* A tag of ours is never moved, and a digest can be set: nodes need not ask a registry at each start. */ -}}
+{{- if ne .Values.image.pullPolicy "Always" }}{{ $answers = append $answers "container-image-pull-policy" }}{{ end -}}
+{{- /* Off by default: a policy that does not know where a cluster's DNS is cuts every pod off. */ -}}
+{{- if not .Values.networkPolicy.enabled }}{{ $answers = append $answers "pod-networkpolicy" }}{{ end -}}
+{{- /* The platform chooses them where they are not set. */ -}}
+{{- if kindIs "invalid" .Values.podSecurityContext.runAsUser -}}
+{{- $answers = append $answers "container-security-context-user-group-id" -}}
+{{- end -}}
+{{- with $answers -}}
+kube-score/ignore: {{ join "," . }}
+{{- end -}}
+{{- end -}}
+
 {{/* Every pool of workers with what it inherits, as JSON: the one place where this is decided. */}}
 {{- define "taskqueue.pools" -}}
 {{- $pools := dict -}}

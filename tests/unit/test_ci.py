@@ -1,5 +1,6 @@
 """Continuous integration elsewhere: what can be said of it here, where it can't run."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -70,8 +71,12 @@ def test_the_chart_is_installed_by_values_files_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: str(file.name))
-def test_scripts_are_what_a_shell_understands_and_can_be_run(script: Path) -> None:
+def test_scripts_can_be_run_and_understood(script: Path) -> None:
     assert script.stat().st_mode & 0o111
+    text = script.read_text()
+    if text.startswith("#!/usr/bin/env python3\n"):
+        ast.parse(text, str(script))
+        return
     parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert parsed.returncode == 0, parsed.stderr
 

@@ -213,15 +213,22 @@ class Relay:
         if not notes or time.monotonic() - notes[0].monotonic < self.grace_seconds:
             return 0
         note = notes[0]
-        # What was stamped just before the note may have been pushed just after it, and lies where it should.
-        stamped_before = note.taken_at - timedelta(seconds=min(PUSH_SECONDS, self.grace_seconds))
+        # What was stamped just before the note may have been pushed just after it, and lies where it should: it proves
+        # nothing. But where something older is missing it goes with that: pushed later, and at the tail, it would come
+        # before what is ahead of it, which would look lost again for that.
+        sure = note.taken_at - timedelta(seconds=min(PUSH_SECONDS, self.grace_seconds))
         below, found = note.position, 0
         while True:
             # All at once: a second relay that took the next batch might push it before this one is pushed,
             # and what stands in the line out of its order looks lost again.
             batch = self._batch(queue, LOST_BATCH)
             bells = await lifecycle.take_lost(
-                self.db, queue, below_position=below, published_before=stamped_before, limit=batch
+                self.db,
+                queue,
+                below_position=below,
+                published_before=note.taken_at,
+                limit=batch,
+                surely_before=sure if not found else None,
             )
             await self._push(queue, bells, lost=True)
             found += len(bells)

@@ -210,6 +210,9 @@ WITH alone AS MATERIALIZED (
     SELECT id FROM task
      WHERE (SELECT searches FROM alone) AND queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
        AND position < $2 AND published_at < $3 AND run_at <= now()
+       AND EXISTS (SELECT FROM task
+                    WHERE queue = $1 AND status IN ('PENDING', 'RETRY') AND published_at IS NOT NULL
+                      AND position < $2 AND published_at < $5 AND run_at <= now())
      ORDER BY position DESC LIMIT $4 FOR UPDATE SKIP LOCKED
 )
 UPDATE task t SET published_at = now() FROM lost WHERE t.id = lost.id
@@ -218,7 +221,13 @@ RETURNING t.id, t.name, t.queue, t.attempt, t.position, t.time_limit, t.tracepar
 
 
 async def take_lost(
-    db: Database, queue: str, *, below_position: int, published_before: datetime, limit: int
+    db: Database,
+    queue: str,
+    *,
+    below_position: int,
+    published_before: datetime,
+    limit: int,
+    surely_before: datetime | None = None,
 ) -> list[Bell]:
     """Stamp waiting rows whose message was lost; the caller pushes what is returned at the tail.
 
@@ -228,8 +237,10 @@ async def take_lost(
         below_position: where the tail was one grace ago; `broker.END_OF_LINE` if the list was empty.
         published_before: when that was noted, by Postgres's clock.
         limit: rows at most.
+        surely_before: when one of them must have been stamped, or none is taken; `published_before` if None.
     """
-    return bells_of(await db.fetch(_TAKE_LOST, queue, below_position, published_before, limit))
+    surely = published_before if surely_before is None else surely_before
+    return bells_of(await db.fetch(_TAKE_LOST, queue, below_position, published_before, limit, surely))
 
 
 _UNPUBLISH = """

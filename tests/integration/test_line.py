@@ -236,7 +236,11 @@ STATEMENTS: dict[str, tuple[str, tuple[object, ...], str]] = {
         "task_handed_back",
     ),
     "take_due": (waiting._TAKE_DUE, (QUEUE, 500), "task_unpublished"),
-    "take_lost": (waiting._TAKE_LOST, (QUEUE, END_OF_LINE, datetime.now(UTC), 500), "task_published"),
+    "take_lost": (
+        waiting._TAKE_LOST,
+        (QUEUE, END_OF_LINE, datetime.now(UTC), 500, datetime.now(UTC)),
+        "task_published",
+    ),
     "expire": (waiting._EXPIRE, (QUEUE, 500), "task_expiring"),
     "expired_leases": (reads._EXPIRED_LEASES, (QUEUE, 30.0, 500), "task_started"),
 }

@@ -25,6 +25,9 @@ from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 
 LANES = 2
 """Statements of one kind under way: while one is being answered, the next is sent."""
+SUBMIT_LANES = 1
+"""As `LANES`, of submits: one statement takes its places in line after the other, and its messages are pushed in that
+order. What is pushed out of its order looks lost once those behind it are next, and is pushed again."""
 BATCH = 100
 """Calls of one statement at most."""
 SHARED_BYTES = 16 * 1024
@@ -57,11 +60,13 @@ class _Call(NamedTuple, Generic[W, R]):
 class Gathering(Generic[W, R]):
     """Asks one kind of question for all the requests of an API process."""
 
-    def __init__(self, question: Question[W, R], *, patience_seconds: float = STATEMENT_TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, question: Question[W, R], *, lanes: int = LANES, patience_seconds: float = STATEMENT_TIMEOUT_SECONDS
+    ) -> None:
         self._question = question
         self._patience = patience_seconds
         self._waiting: deque[_Call[W, R]] = deque()
-        self._free = LANES
+        self._free = lanes
         self._asking: set[asyncio.Task[None]] = set()
         self._impatient: asyncio.TimerHandle | None = None
 

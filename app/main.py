@@ -17,7 +17,7 @@ from app.core import metrics, telemetry
 from app.core.config import Settings
 from app.core.stopping import hearing, stop
 from app.db import Database
-from app.gathering import Gathering, Statuses, Submits
+from app.gathering import SUBMIT_LANES, Gathering, Statuses, Submits
 from app.keys import Masters
 from app.publisher import Publisher
 from app.routers import (
@@ -154,7 +154,7 @@ class _Lifespan:
             guarded = door.Door.of(settings, db)
             if guarded is not None:
                 stack.push_async_callback(stop, asyncio.create_task(guarded.run()))
-            submits, statuses = Gathering(Submits(db)), Gathering(Statuses(db))
+            submits, statuses = Gathering(Submits(db), lanes=SUBMIT_LANES), Gathering(Statuses(db))
             for kind, line in (("submit", submits), ("status", statuses)):
                 stack.callback(metrics.watch_line(kind, partial(len, line)))
             watch = Watch(db, broker, shared=guarded is not None)

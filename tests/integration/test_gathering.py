@@ -13,7 +13,7 @@ from app import lifecycle
 from app.core import errors, ids
 from app.core.config import Settings
 from app.db import Database, Record
-from app.gathering import BATCH, LANES, Gathering, Statuses, Submits
+from app.gathering import BATCH, LANES, SUBMIT_LANES, Gathering, Statuses, Submits
 from tests.support.database import opened
 
 TIMEOUT_SECONDS = 20.0
@@ -60,7 +60,7 @@ async def stored(settings: Settings) -> dict[str, int | None]:
 
 async def test_those_that_come_together_share_statements(db: Counting, settings: Settings) -> None:
     wanted = [new(kwargs=f'{{"value": {number}}}', tags=("a", "b")) for number in range(3 * BATCH)]
-    bells = await written(Gathering(Submits(db)), wanted)
+    bells = await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted)
     assert db.statements <= LANES + 3
     found = await stored(settings)
     assert len(found) == len(wanted)
@@ -72,14 +72,14 @@ async def test_those_that_come_together_share_statements(db: Counting, settings:
 
 async def test_they_stand_in_line_in_the_order_in_which_they_came(db: Counting, settings: Settings) -> None:
     wanted = [new() for _ in range(50)]
-    await written(Gathering(Submits(db)), wanted)
+    await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted)
     found = await stored(settings)
-    later = [found[str(one.id)] for one in wanted[LANES:]]
-    assert later == sorted(later, key=lambda position: position or 0)
+    places = [found[str(one.id)] for one in wanted]
+    assert places == sorted(places, key=lambda position: position or 0)
 
 
 async def test_one_that_comes_alone_is_a_statement_of_its_own(db: Counting, settings: Settings) -> None:
-    writer = Gathering(Submits(db))
+    writer = Gathering(Submits(db), lanes=SUBMIT_LANES)
     for number in range(1, 4):
         assert await writer.ask((new(), False)) is not None
         assert db.statements == number
@@ -88,7 +88,7 @@ async def test_one_that_comes_alone_is_a_statement_of_its_own(db: Counting, sett
 
 async def test_one_that_cannot_be_stored_keeps_no_other_out(db: Counting, settings: Settings) -> None:
     wanted = [new(queue="x" * 65) if number == 7 else new() for number in range(20)]
-    bells = await written(Gathering(Submits(db)), wanted)
+    bells = await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted)
     assert isinstance(bells[7], errors.StatementRefused)
     assert all(isinstance(bell, lifecycle.Bell) for number, bell in enumerate(bells) if number != 7)
     assert set(await stored(settings)) == {str(one.id) for number, one in enumerate(wanted) if number != 7}
@@ -96,18 +96,18 @@ async def test_one_that_cannot_be_stored_keeps_no_other_out(db: Counting, settin
 
 async def test_those_that_are_held_back_have_no_message_to_push(db: Counting, settings: Settings) -> None:
     wanted = [new() for _ in range(20)]
-    assert await written(Gathering(Submits(db)), wanted, hold_back=True) == [None] * 20
+    assert await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted, hold_back=True) == [None] * 20
     assert None not in (await stored(settings)).values()
 
 
 async def test_a_task_that_is_not_due_has_no_place_and_no_message(db: Counting, settings: Settings) -> None:
     wanted = [new(delay_seconds=60.0) for _ in range(20)]
-    assert await written(Gathering(Submits(db)), wanted) == [None] * 20
+    assert await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted) == [None] * 20
     assert set((await stored(settings)).values()) == {None}
 
 
 async def test_one_that_left_before_it_was_asked_is_not_stored(db: Counting, settings: Settings) -> None:
-    writer = Gathering(Submits(db))
+    writer = Gathering(Submits(db), lanes=SUBMIT_LANES)
     wanted = [new() for _ in range(20)]
     answers = [asyncio.create_task(writer.ask((one, False))) for one in wanted]
     await asyncio.sleep(0)  # All of them have come, and none is written.
@@ -125,7 +125,7 @@ async def test_with_postgres_away_all_are_told_and_the_lanes_are_free_again() ->
     nowhere = Database(
         "postgresql://nobody@127.0.0.1:1/nothing", max_connections=2, application_name="test", patience_seconds=1.0
     )
-    writer = Gathering(Submits(nowhere))
+    writer = Gathering(Submits(nowhere), lanes=SUBMIT_LANES)
     for _ in range(2):
         answers = await written(writer, [new() for _ in range(20)])
         assert {type(answer) for answer in answers} == {errors.DatabaseUnavailable}
@@ -134,7 +134,7 @@ async def test_with_postgres_away_all_are_told_and_the_lanes_are_free_again() ->
 
 async def test_looks_that_come_together_share_statements_and_see_no_others_task(db: Counting) -> None:
     tasks = [new(owner=f"team-{number % 3}") for number in range(30)]
-    await written(Gathering(Submits(db)), tasks)
+    await written(Gathering(Submits(db), lanes=SUBMIT_LANES), tasks)
     await lifecycle.cancel(db, tasks[4].id, owner="team-1")
     db.statements = 0
     looks = Gathering(Statuses(db))

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
 
 
@@ -55,4 +55,4 @@ class _Undeclared(BaseRoute):
         raise HTTPException(405)
 
     def url_path_for(self, name: str, /, **path_params: Any) -> Any:
-        raise NotImplementedError
+        raise NoMatchFound(name, path_params)

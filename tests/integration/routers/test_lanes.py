@@ -5,7 +5,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from starlette.routing import Match
+from starlette.routing import Match, NoMatchFound
 
 from app.main import create_app
 from app.routers import lanes
@@ -80,3 +80,10 @@ def test_a_lane_is_called_as_its_route_is(api_settings: Any) -> None:
     assert isinstance(found, lanes.Lane)
     assert found.path == "/api/tasks/{id}/status"
     assert found.matches(dict(scope))[1]["route"].path == "/api/tasks/{id}/status"
+
+
+def test_a_route_is_found_by_its_name_behind_the_lanes(api_settings: Any) -> None:
+    api = create_app(api_settings)
+    assert api.url_path_for("read_status", id="7") == "/api/tasks/7/status"
+    with pytest.raises(NoMatchFound):
+        api.url_path_for("nobody")

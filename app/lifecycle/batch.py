@@ -154,7 +154,7 @@ async def _insert(db: Database, arguments: tuple[object, ...]) -> list[Record]:
 
 
 def _row(new: NewTask) -> dict[str, object]:
-    """What is not there is NULL, or the column's default: a plain task is not made to say what it does not have."""
+    """What it has. A column that is not there is NULL: a plain task does not say of each what it has not."""
     row: dict[str, object] = {
         "id": str(new.id),
         "name": new.name,

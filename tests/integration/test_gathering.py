@@ -12,33 +12,18 @@ import pytest
 from app import lifecycle
 from app.core import errors, ids
 from app.core.config import Settings
-from app.db import Database, Record
+from app.db import Database
 from app.gathering import BATCH, LANES, SUBMIT_LANES, Gathering, Statuses, Submits
-from tests.support.database import opened
+from tests.support.database import Counting, counting, opened
 
 TIMEOUT_SECONDS = 20.0
 Writer = Gathering[tuple[lifecycle.NewTask, bool], lifecycle.Bell | None]
 
 
-class Counting(Database):
-    """Counts statements."""
-
-    statements = 0
-
-    async def fetch(self, sql: str, *args: object) -> list[Record]:
-        self.statements += 1
-        return await super().fetch(sql, *args)
-
-    async def fetchrow(self, sql: str, *args: object) -> Record | None:
-        self.statements += 1
-        return await super().fetchrow(sql, *args)
-
-
 @pytest.fixture
 async def db(settings: Settings) -> AsyncIterator[Counting]:
-    database = Counting(settings.postgres_dsn, max_connections=4, application_name="test")
-    yield database
-    await database.close()
+    async with counting(settings) as database:
+        yield database
 
 
 def new(**fields: object) -> lifecycle.NewTask:
@@ -61,7 +46,7 @@ async def stored(settings: Settings) -> dict[str, int | None]:
 async def test_those_that_come_together_share_statements(db: Counting, settings: Settings) -> None:
     wanted = [new(kwargs=f'{{"value": {number}}}', tags=("a", "b")) for number in range(3 * BATCH)]
     bells = await written(Gathering(Submits(db), lanes=SUBMIT_LANES), wanted)
-    assert db.statements <= LANES + 3
+    assert db.asked <= LANES + 3
     found = await stored(settings)
     assert len(found) == len(wanted)
     for one, bell in zip(wanted, bells, strict=True):
@@ -82,7 +67,7 @@ async def test_one_that_comes_alone_is_a_statement_of_its_own(db: Counting, sett
     writer = Gathering(Submits(db), lanes=SUBMIT_LANES)
     for number in range(1, 4):
         assert await writer.ask((new(), False)) is not None
-        assert db.statements == number
+        assert db.asked == number
     assert len(await stored(settings)) == 3
 
 
@@ -136,13 +121,13 @@ async def test_looks_that_come_together_share_statements_and_see_no_others_task(
     tasks = [new(owner=f"team-{number % 3}") for number in range(30)]
     await written(Gathering(Submits(db), lanes=SUBMIT_LANES), tasks)
     await lifecycle.cancel(db, tasks[4].id, owner="team-1")
-    db.statements = 0
+    db.asked = 0
     looks = Gathering(Statuses(db))
     asked = [(one.id, owner) for one in tasks for owner in ("team-0", "team-1", "team-2", "")]
     asked += [(ids.uuid7(), "team-0"), asked[0]]
     async with asyncio.timeout(TIMEOUT_SECONDS):
         found = await asyncio.gather(*(looks.ask(one) for one in asked))
-    assert db.statements <= LANES + 3
+    assert db.asked <= LANES + 3
     owners = {one.id: one.owner for one in tasks}
     for (task_id, owner), status in zip(asked, found, strict=True):
         expected = ("REVOKED" if task_id == tasks[4].id else "PENDING") if owners.get(task_id) == owner else None

@@ -14,27 +14,16 @@ from app.core.scopes import Scope
 from app.db import Database, Record
 from app.keys import ring, store
 from tests.conftest import settings_for
-from tests.support.database import opened
+from tests.support.database import Counting, counting, opened
 from tests.support.waiting import until
 
 NEW, OLD = SecretStr("n" * 32), SecretStr("o" * 32)
 
 
-class Counting(Database):
-    """Counts the questions."""
-
-    asked = 0
-
-    async def fetch(self, sql: str, *args: object) -> list[Record]:
-        self.asked += 1
-        return await super().fetch(sql, *args)
-
-
 @pytest.fixture
 async def db(settings: Settings) -> AsyncIterator[Counting]:
-    database = Counting(settings.postgres_dsn, max_connections=4, application_name="test")
-    yield database
-    await database.close()
+    async with counting(settings) as database:
+        yield database
 
 
 async def kept(

@@ -11,6 +11,29 @@ from app.core.config import Settings
 from app.db import Database, Record
 
 
+class Counting(Database):
+    """Counts the questions that ask for rows."""
+
+    asked = 0
+
+    async def fetch(self, sql: str, *args: object) -> list[Record]:
+        self.asked += 1
+        return await super().fetch(sql, *args)
+
+    async def fetchrow(self, sql: str, *args: object) -> Record | None:
+        self.asked += 1
+        return await super().fetchrow(sql, *args)
+
+
+@contextlib.asynccontextmanager
+async def counting(settings: Settings) -> AsyncIterator[Counting]:
+    database = Counting(settings.postgres_dsn, max_connections=4, application_name="test")
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
 @contextlib.asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[Database]:
     database = Database(settings.postgres_dsn, max_connections=4, application_name="test")

@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from app.core import errors
+from app.core import errors, ids
 from app.core.config import TASK_NAME
 from app.core.stopping import stop
 
@@ -99,7 +98,7 @@ def encode(message: Message, queue: str) -> bytes:
         "attempt": message.attempt,
         "position": message.position,
         "traceparent": encode_basestring_ascii(traceparent or ""),
-        "tag": os.urandom(16).hex(),
+        "tag": ids.random_bytes().hex(),
     }
     return text.encode()
 

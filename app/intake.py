@@ -1,5 +1,6 @@
 """From what somebody asked for to the task that is stored: all that is wrong is found before anything is written."""
 
+import functools
 import hashlib
 import json
 from datetime import datetime
@@ -10,6 +11,10 @@ from app.core import errors, ids
 from app.core.config import Settings
 from app.core.errors import FieldError
 from app.utils import guard
+
+ADMITTED = 500
+"""Webhook URLs that are remembered as admitted: most tasks of a client tell the same receiver, and looking at its URL
+takes as long as all else about a submit. What one is depends on its text and the rules, and on nothing else."""
 
 
 def new_task(
@@ -68,11 +73,14 @@ def _unique_key(owner: str, entry: catalog.Entry, wanted: schemas.SubmitRequest)
     return hashlib.sha256(json.dumps(call, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
+_admit = functools.lru_cache(maxsize=ADMITTED)(guard.admit_url)
+
+
 def _admitted(url: str | None, rules: guard.EgressRules, faults: list[FieldError]) -> str | None:
     if url is None:
         return None
     try:
-        return guard.admit_url(url, rules)
+        return _admit(url, rules)
     except ValueError as refused:
         faults.append(FieldError("/webhook_url", str(refused)))
         return None

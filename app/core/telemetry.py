@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from opentelemetry import trace
 
 import app as package
-from app.core import tracing
+from app.core import ids, tracing
 from app.core.config import Settings
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def current_traceparent(headers: Mapping[str, str]) -> str:
     context = trace.get_current_span().get_span_context()
     if context.is_valid:
         return tracing.written(context)
-    caller = tracing.parsed(headers.get("traceparent"))
+    sent = headers.get("traceparent")
+    caller = tracing.parsed(sent) if sent else None
     if caller is None:
-        fresh = os.urandom(24).hex()
-        return f"00-{fresh[:32]}-{fresh[32:]}-00"
+        return f"00-{ids.random_bytes().hex()}-{ids.random_bytes()[:8].hex()}-00"
     # Where requests are recorded this one is not: whatever its caller says, nothing of its tasks is.
     return f"{tracing.written(caller)[:-2]}00" if tracing.recording() else tracing.written(caller)
 

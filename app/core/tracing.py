@@ -128,6 +128,11 @@ def trace_id_of(traceparent: str | None) -> str | None:
     return None if found is None else f"{found.trace_id:032x}"
 
 
+def trace_id_in(traceparent: str) -> str:
+    """As `trace_id_of`, of one that this service has `written`."""
+    return traceparent[3:35]
+
+
 @contextlib.contextmanager
 def create(
     queue: str,

@@ -100,7 +100,7 @@ class Needs(SecurityBase):
 
     async def __call__(self, request: Request) -> Caller:
         """Who calls. Raises as `Door.admit`."""
-        door = cast("Door | None", request.state.door)
+        door = cast("Door | None", request.scope["state"]["door"])
         return _ANYBODY if door is None else await door.admit(request, self.scope, self._budget)
 
 

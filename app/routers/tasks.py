@@ -1,5 +1,6 @@
 """Submit, status, result, and all that is known of a task."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -64,16 +65,32 @@ async def submit(request: Request, state: Resources, caller: door.Writer) -> Res
     """Store a task and answer at once. Whoever has the id can rely on the task being run."""
     with metrics.counting_rejections():
         posted = await body.read(request)
-        wanted = body.parsed(posted, schemas.SubmitRequest)
+        wanted = schemas.plain_submit(posted.value) or body.parsed(posted, schemas.SubmitRequest)
         key = admission.key_of(request, caller, posted.value)
         accepted = await admission.accept(request, state, caller, [wanted], key=key)
     return created(accepted)
 
 
+_LOCATION = f"{PATH}/%b".encode()
+_CREATED = b'{"task_id":"%b"}'
+_CREATED_HEADERS = ((b"content-length", b"%d" % (len(_CREATED) - 2 + 36)), (b"content-type", b"application/json"))
+
+
+class _Written(Response):
+    """An answer whose headers are written already."""
+
+    def __init__(self, body: bytes, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self.body = body
+        self.status_code = status
+        self.raw_headers = list(headers)
+        self.background = None
+
+
 def created(accepted: admission.Accepted) -> Response:
     """The answer to whoever submitted one task, a `schemas.TaskCreated`."""
     [task_id] = accepted.task_ids
-    response = Response(f'{{"task_id":"{task_id}"}}', 202, {"Location": f"{PATH}/{task_id}"}, "application/json")
+    text = str(task_id).encode()
+    response = _Written(_CREATED % text, 202, ((b"location", _LOCATION % text), *_CREATED_HEADERS))
     accepted.tell(response)
     return response
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.core.fields import field_errors
-from app.schemas import SubmitRequest, shown_url
+from app.schemas import SubmitRequest, plain_submit, shown_url
 
 SOON = (datetime.now(UTC) + timedelta(days=1)).replace(microsecond=0)
 
@@ -103,3 +103,36 @@ def test_the_faults_of_one_answer_are_bounded() -> None:
 )
 def test_the_query_of_a_url_is_not_shown(url: str, shown: str) -> None:
     assert shown_url(url) == shown
+
+
+VALUES = [
+    None, True, 0, 1.5, "", "x", "é\U0001f600", "x" * 64, "x" * 65, "x" * 255, "x" * 256, "x" * 2048, "x" * 2049,
+    [], [1], ["x"], {}, {"x": [None, {"y": 1e300}]}, 10**30,
+]  # fmt: skip
+NAMES = [*SubmitRequest.model_fields, "unknown"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_look_at_a_submit_says_what_the_schema_says(name: str) -> None:
+    """About each field alone, and beside one that is fine: the same request, or nothing."""
+    for value in VALUES:
+        for beside in ({}, {"kwargs": {"x": 1}, "task": "y"}):
+            fields = {**beside, name: value}
+            found = plain_submit(fields)
+            if found is not None:
+                schema = SubmitRequest.model_validate_json(json.dumps(fields))
+                assert found == schema
+                assert found.model_fields_set == schema.model_fields_set
+                assert found.model_dump() == schema.model_dump()
+                assert repr(found) == repr(schema)
+
+
+def test_most_submits_need_no_more_than_a_short_look() -> None:
+    fields = {"task": "x", "args": [1], "kwargs": {"x": 1}, "queue": "y", "webhook_url": "https://example.com"}
+    assert plain_submit(fields) == SubmitRequest.model_validate_json(json.dumps(fields))
+    one, other = plain_submit({}), plain_submit({})
+    assert one is not None
+    assert other is not None
+    assert one.args is not other.args
+    assert one.kwargs is not other.kwargs
+    assert one.tags is not other.tags

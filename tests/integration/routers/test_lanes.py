@@ -8,7 +8,7 @@ import pytest
 from starlette.routing import Match, NoMatchFound
 
 from app.main import create_app
-from app.routers import lanes
+from app.routers import admission, lanes
 from tests.integration.routers.test_tasks import assert_problem
 
 
@@ -16,13 +16,13 @@ from tests.integration.routers.test_tasks import assert_problem
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that took a lane."""
     found: list[str] = []
-    handle = lanes.Lane.handle
+    answer = lanes.Lane.answer
 
-    async def noted(self: lanes.Lane, scope: Any, receive: Any, send: Any) -> None:
+    async def noted(self: lanes.Lane, scope: Any, receive: Any, send: Any) -> Any:
         found.append(scope["path"])
-        await handle(self, scope, receive, send)
+        return await answer(self, scope, receive, send)
 
-    monkeypatch.setattr(lanes.Lane, "handle", noted)
+    monkeypatch.setattr(lanes.Lane, "answer", noted)
     return found
 
 
@@ -87,3 +87,40 @@ def test_a_route_is_found_by_its_name_behind_the_lanes(api_settings: Any) -> Non
     assert api.url_path_for("read_status", id="7") == "/api/tasks/7/status"
     with pytest.raises(NoMatchFound):
         api.url_path_for("nobody")
+
+
+class Unforeseen(Exception):
+    """Nobody has a handler for it."""
+
+
+async def test_what_nobody_foresaw_is_answered_as_anywhere(
+    api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: Any, **__: Any) -> None:
+        raise Unforeseen
+
+    monkeypatch.setattr(admission, "accept", fails)
+    for path in ("/api/tasks/submit", "/api/tasks/submit?usual"):
+        with pytest.raises(Unforeseen):  # The server logs it, behind the answer.
+            await api.post(path, json={})
+
+
+async def test_keys_and_traces_are_read_in_a_lane(api: httpx.AsyncClient, taken: list[str]) -> None:
+    headers = {"Idempotency-Key": "once", "traceparent": f"00-{7:032x}-{8:016x}-00"}
+    first = await api.post("/api/tasks/submit", json={}, headers=headers)
+    assert first.headers["x-trace-id"] == f"{7:032x}"
+    again = await api.post("/api/tasks/submit?usual", json={}, headers=headers)
+    assert again.json() == first.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    assert_problem(
+        await api.post("/api/tasks/submit", json={}, headers={b"Idempotency-Key": "é".encode()}),
+        400,
+        "/Idempotency-Key",
+    )
+    assert taken == ["/api/tasks/submit"] * 2
+
+
+async def test_an_answer_says_how_long_it_is_and_what(api: httpx.AsyncClient) -> None:
+    answer = await api.post("/api/tasks/submit", json={})
+    assert answer.headers["content-type"] == "application/json"
+    assert int(answer.headers["content-length"]) == len(answer.content)

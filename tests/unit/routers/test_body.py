@@ -221,3 +221,61 @@ async def tried(raw: bytes) -> body.Body | errors.RequestError:
         return await read(raw)
     except errors.RequestError as problem:
         return problem
+
+
+MANY = ",".join("1" * 9_999)
+HOSTILE = [
+    '{"a": 1, "a": 2}', '{"a": {"b": 1, "b": 1}}', "[NaN]", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}',
+    '{"a": -1e999}', f'{{"a": {"9" * 4301}}}', f'{{"a": -{"9" * 4300}}}', '{"a": "\\u0000"}', '{"\\u0000": 1}',
+    '{"a": "\\ud800"}', '{"a": "\\ud83d\\ude00"}', '{"a": "\x00"}', '{"a": "\n"}', '{"a": "\\n"}', '{"a": 1,}',
+    "null", '"text"', "7", "[]", "{", "}", "", " ", '{"a": 1} x', '{"a": "é\U0001f600"}', "{'a': 1}", '{"a": 0x1}',
+    "[" * 33 + "]" * 33, '{"a":' * 33 + "1" + "}" * 33, '{"a":' * 32 + "1" + "}" * 32, f'{{"a": "{"[" * 40}"}}',
+    f'{{"a": [{MANY}]}}', f'{{"a": [{MANY},1]}}', f'{{"a": "{MANY}"}}', f'{{"a": "{"x" * 20_000}"}}',
+    "\ufeff{}", '{"a": 01}', '{"a": 1.}', '{"a": -0}', '{"a": 1.5e3}',
+]  # fmt: skip
+JSON_TEXTS = st.recursive(
+    st.sampled_from(["1", "-2.5", "1e400", "NaN", "null", "true", '"x"', '"\\u0000"', '"é"', '"\\ud800"', "", "01"]),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda some: f"[{','.join(some)}]")
+        | st.lists(st.tuples(st.sampled_from("ab"), inner), max_size=3).map(
+            lambda some: "{{{}}}".format(",".join(f'"{name}": {text}' for name, text in some))
+        )
+    ),
+    max_leaves=8,
+)
+
+
+def outcome(text: str) -> Any:
+    try:
+        found = asyncio.run(read(text.encode("utf-8")))
+    except errors.RequestError as problem:
+        return type(problem), problem.detail, problem.errors
+    # The texts say what == does not: 1 is no 1.0, and -0.0 no 0.0.
+    return found, repr(found.value)
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, text: str) -> tuple[Any, Any]:
+    short = outcome(text)
+    with monkeypatch.context() as patched:
+        patched.setattr(body, "_plain", lambda *_: None)
+        return short, outcome(text)
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)))
+def test_a_short_look_finds_what_a_long_one_finds(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    short, long = both_ways(monkeypatch, HOSTILE[number])
+    assert short == long
+
+
+@given(text=JSON_TEXTS)
+@settings(max_examples=300, deadline=None)
+def test_a_short_look_finds_what_a_long_one_finds_in_anything(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        short, long = both_ways(patched, text)
+    assert short == long
+
+
+def test_most_bodies_need_no_more_than_a_short_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "check", None)
+    for text in ('{"task": "sample.echo", "args": [1, "é"], "webhook_url": "https://example.com/hook"}', "{}"):
+        assert asyncio.run(read(text)).value == json.loads(text)

@@ -131,7 +131,7 @@ class Database:
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[Any]:
         try:
-            pool = await self._opened()
+            pool = self._pool or await self._opened()
             connection = await pool.acquire(timeout=self._patience)
         except _AWAY as away:
             raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(away).__name__})") from away

@@ -181,11 +181,9 @@ class Submits:
         return await lifecycle.submit(self._db, new, hold_back=hold_back)
 
     async def together(self, some: Sequence[tuple[lifecycle.NewTask, bool]], /) -> Sequence[lifecycle.Bell | None]:
-        """See `lifecycle.submit_batch`, which stores all of them or none."""
+        """See `lifecycle.submit_together`, which stores all of them or none."""
         held_back = {new.queue for new, hold_back in some if hold_back}
-        made = await lifecycle.submit_batch(self._db, [new for new, _ in some], held_back=held_back)
-        bells = {} if made is None else {bell.task_id: bell for bell in made.bells}
-        return [bells.get(new.id) for new, _ in some]
+        return await lifecycle.submit_together(self._db, [new for new, _ in some], held_back=held_back)
 
 
 class Statuses:

@@ -13,9 +13,8 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, create_model
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaWarningKind
-from pydantic_core import PydanticSerializationError, to_json
 
-from app.core import errors
+from app.core import errors, jsontext
 from app.core.errors import FieldError
 from app.core.fields import Place, field_errors
 
@@ -90,7 +89,7 @@ class Parameters:
         self._check_shape(args, kwargs, places)
         given = dict(zip(places, args, strict=True)) | kwargs
         try:
-            return self._model.model_validate_json(_text(given), strict=True)
+            return self._model.model_validate_json(jsontext.written(given), strict=True)
         except ValidationError as invalid:
             findings = invalid.errors(include_url=False, include_context=False, include_input=False)
             faults = field_errors(findings, given, root=lambda name: places.get(name, ("kwargs", name)))
@@ -104,14 +103,6 @@ class Parameters:
         if twice:
             sentence = "Given twice: in args and in kwargs"
             raise errors.ValidationFailed([FieldError(errors.pointer("kwargs", name), sentence) for name in twice])
-
-
-def _text(given: dict[str, Any]) -> bytes | str:
-    """What was read from JSON, as JSON again."""
-    try:
-        return to_json(given, inf_nan_mode="constants")
-    except PydanticSerializationError:  # Half a surrogate pair, or too deep: whoever reads it has the last word.
-        return json.dumps(given)
 
 
 def _fault(parameter: inspect.Parameter, hints: dict[str, Any]) -> str | None:

@@ -16,7 +16,7 @@ from app.lifecycle.attempts import (
     settle,
     settle_for,
 )
-from app.lifecycle.batch import remembered, submit_batch
+from app.lifecycle.batch import remembered, submit_batch, submit_together
 from app.lifecycle.census import QueueAges, QueueCounts, failed_counts, queue_ages, queue_counts
 from app.lifecycle.explaining import Explanation, Facts, Surroundings, explain, facts
 from app.lifecycle.history import Attempt, Line, Logged, attempts, logged, read_lines
@@ -228,6 +228,7 @@ __all__ = [
     "step",
     "submit",
     "submit_batch",
+    "submit_together",
     "take_due",
     "take_lost",
     "take_released",

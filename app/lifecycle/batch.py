@@ -5,11 +5,10 @@ tasks are not, or half of a batch is there. A plain submit is `waiting.submit`,
 and pays for none of this.
 """
 
-import json
 from collections.abc import Collection, Sequence
 from uuid import UUID
 
-from app.core import errors, limits
+from app.core import errors, jsontext, limits
 from app.db import Database, Record
 from app.lifecycle.lines import HOLD, IN_LINE
 from app.lifecycle.values import Bell, NewTask, Remembered, SubmitKey, Submitted
@@ -124,7 +123,7 @@ async def submit_batch(
     own = [first_with.setdefault(one.unique_key, one.id) if one.unique_key else one.id for one in new]
     rows = [_row(one) for one, task_id in zip(new, own, strict=True) if one.id == task_id]
     arguments = (
-        json.dumps(rows),
+        jsontext.written(rows),
         key.owner if key else None,
         key.route if key else None,
         key.key if key else None,
@@ -141,6 +140,29 @@ async def submit_batch(
         bells=tuple(_bell(one, stamped[one.id]) for one in new if one.id in stamped),
         created=frozenset(row["id"] for row in found if row["twin"] is None),
     )
+
+
+async def submit_together(
+    db: Database, new: Sequence[NewTask], *, held_back: Collection[str] = ()
+) -> list[Bell | None]:
+    """Insert plain tasks, all or none: no key, none unique. They are durable when this returns.
+
+    Args:
+        db: where to.
+        new: the tasks, in the order in which they are to run.
+        held_back: as of `submit_batch`.
+
+    Returns:
+        For each what `waiting.submit` does: the message to push now, if there is one.
+
+    Raises:
+        StatementRefused: if Postgres can't store one of them; then it has stored none.
+    """
+    nothing = (None, None, None, None)
+    found = await db.fetch(_SUBMIT_BATCH, jsontext.written([_row(one) for one in new]), *nothing, list(held_back))
+    stamped = {row["id"]: row["position"] for row in found if row["stamped"]}
+    places = [stamped.get(one.id) for one in new]
+    return [None if place is None else _bell(one, place) for one, place in zip(new, places, strict=True)]
 
 
 async def _insert(db: Database, arguments: tuple[object, ...]) -> list[Record]:

@@ -136,20 +136,28 @@ async def accept(
 
 
 async def _accept_plain(state: State, new: lifecycle.NewTask, traced_before: str | None) -> Accepted:
-    publisher = state["publisher"]
-    with tracing.create(new.queue, task=new.name, task_id=new.id, reruns=traced_before) as traceparent:
-        if traceparent is not None:
-            new = replace(new, traceparent=traceparent)
-        away = publisher.away(new.queue)
-        if new.size_bytes > SHARED_BYTES:
-            bell = await lifecycle.submit(state["db"], new, hold_back=away)
-        else:
-            bell = await state["submits"].ask((new, away))
+    if not tracing.recording():
+        await _store(state, new)
+    else:
+        with tracing.create(new.queue, task=new.name, task_id=new.id, reruns=traced_before) as traceparent:
+            if traceparent is not None:
+                new = replace(new, traceparent=traceparent)
+            await _store(state, new)
+    return Accepted(task_ids=(new.id,), trace_id=_trace_id(new))
+
+
+async def _store(state: State, new: lifecycle.NewTask) -> None:
+    publisher, size_bytes = state["publisher"], new.size_bytes
+    away = publisher.away(new.queue)
+    if size_bytes > SHARED_BYTES:
+        bell = await lifecycle.submit(state["db"], new, hold_back=away)
+    else:
+        bell = await state["submits"].ask((new, away))
     state["backlog"].accepted()
     if bell is not None:
         publisher.ring(bell)
-    _count([new], "accepted")
-    return Accepted(task_ids=(new.id,), trace_id=_trace_id(new))
+    metrics.submitted(new.name, new.queue, "accepted")
+    metrics.accepted_payload(new.name, size_bytes)
 
 
 async def _accept_batch(

@@ -12,6 +12,6 @@ def written(value: Any) -> str:
     That one also writes what this one does not, such as half a surrogate pair: whoever reads it has the last word.
     """
     try:
-        return to_json(value, inf_nan_mode="constants").decode()
+        return to_json(value).decode()
     except PydanticSerializationError:
         return json.dumps(value)

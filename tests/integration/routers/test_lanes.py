@@ -19,6 +19,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     answer = lanes.Lane.answer
 
     async def noted(self: lanes.Lane, scope: Any, receive: Any, send: Any) -> Any:
+        assert "router" not in scope, "it stands ahead of all routes"
         found.append(scope["path"])
         return await answer(self, scope, receive, send)
 

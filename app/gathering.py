@@ -27,7 +27,7 @@ LANES = 2
 """Statements of one kind under way: while one is being answered, the next is sent."""
 SUBMIT_LANES = 1
 """As `LANES`, of submits: one statement takes its places in line after the other, and its messages are pushed in that
-order. What is pushed out of its order looks lost once those behind it are next, and is pushed again. Nothing is idle
+order. What is pushed out of its order looks lost once those behind it are next, and is pushed again. Little is idle
 for it: while one half of the clients waits for Postgres, the other half's answers are written and their next submits
 read, which takes this process longer. With two statements each would have half the rows, and cost as much."""
 BATCH = 100

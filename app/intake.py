@@ -73,7 +73,23 @@ def _unique_key(owner: str, entry: catalog.Entry, wanted: schemas.SubmitRequest)
     return hashlib.sha256(json.dumps(call, sort_keys=True, separators=(",", ":")).encode()).digest()
 
 
-_admit = functools.lru_cache(maxsize=ADMITTED)(guard.admit_url)
+class _Admitted:
+    """The URLs that were admitted under one set of rules, as they are spelled then. A process has one set of them."""
+
+    def __init__(self, rules: guard.EgressRules) -> None:
+        self.rules = rules
+        self.spelled = functools.lru_cache(maxsize=ADMITTED)(functools.partial(guard.admit_url, rules=rules))
+
+
+_admitted_last = _Admitted(guard.EgressRules())
+
+
+def _admit(url: str, rules: guard.EgressRules) -> str:
+    global _admitted_last  # noqa: PLW0603  # one memory per process
+    admitted = _admitted_last
+    if admitted.rules is not rules:  # To compare them takes longer than to look at a URL.
+        admitted = _admitted_last = _Admitted(rules)
+    return admitted.spelled(url)
 
 
 def _admitted(url: str | None, rules: guard.EgressRules, faults: list[FieldError]) -> str | None:

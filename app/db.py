@@ -1,4 +1,4 @@
-"""The way to Postgres: a small pool, a deadline on everything, and one error when it is away.
+"""The way to Postgres: a few connections, a deadline on everything, and one error when it is away.
 
 Statements live in `lifecycle` and `delivery`; this module only carries them.
 They go over asyncpg directly, prepared once per connection, because one round
@@ -9,9 +9,10 @@ SQLModel's (`models`), and Alembic compares the two.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 
@@ -37,6 +38,9 @@ the planner would rather read, or hash, the whole table, for each submit."""
 Record = asyncpg.Record
 T = TypeVar("T")
 
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+
 log = logging.getLogger(__name__)
 
 _AWAY = (
@@ -58,14 +62,13 @@ def _refused(error: BaseException) -> bool:
     return state.startswith(_REFUSALS) and state not in _NOT_MIGRATED
 
 
-async def _keep_as_it_is(_: Any) -> None:
-    """Statements here change no state of their session, so a connection needs no reset, which is a round trip."""
-
-
 class Database:
-    """A pool of connections to one Postgres. Connections are made on demand and replaced when they break.
+    """A few connections to one Postgres. They are made on demand and replaced when they break.
 
     `patience_seconds` is how long a statement may take, and how long a connection is waited for.
+
+    They are kept here and not in asyncpg's pool, which takes twice the time of a statement to lend a connection and
+    to take it back: statements here change no state of their session, so there is nothing to reset.
     """
 
     def __init__(
@@ -78,10 +81,11 @@ class Database:
     ) -> None:
         self._dsn = dsn
         self._patience = patience_seconds
-        self._max_connections = max_connections
         self._application_name = application_name
-        self._pool: asyncpg.Pool[Record] | None = None
-        self._opening = asyncio.Lock()
+        self._free = max_connections
+        self._idle: list[Connection] = []
+        self._used: set[Connection] = set()
+        self._waiting: deque[asyncio.Future[Connection | None]] = deque()
 
     async def fetch(self, sql: str, *args: object) -> list[Record]:
         """All rows of one statement.
@@ -91,24 +95,21 @@ class Database:
                 The statement may have been applied all the same.
             StatementRefused: if it breaks a constraint, or its data can't be stored. Nothing was applied.
         """
-        async with self._connection() as connection:
-            return list(await connection.fetch(sql, *args, timeout=self._patience))
+        rows: list[Record] = await self._ask("fetch", sql, args)
+        return rows
 
     async def fetchrow(self, sql: str, *args: object) -> Record | None:
         """The first row of one statement, or None. Raises as `fetch`."""
-        async with self._connection() as connection:
-            row: Record | None = await connection.fetchrow(sql, *args, timeout=self._patience)
-            return row
+        row: Record | None = await self._ask("fetchrow", sql, args)
+        return row
 
     async def fetchval(self, sql: str, *args: object) -> Any:
         """The first column of the first row, or None. Raises as `fetch`."""
-        async with self._connection() as connection:
-            return await connection.fetchval(sql, *args, timeout=self._patience)
+        return await self._ask("fetchval", sql, args)
 
     async def execute(self, sql: str, *args: object) -> str:
         """Run one statement for its effect; returns the command tag. Raises as `fetch`."""
-        async with self._connection() as connection:
-            return str(await connection.execute(sql, *args, timeout=self._patience))
+        return str(await self._ask("execute", sql, args))
 
     async def ping(self) -> None:
         """One round trip. Raises as `fetch`."""
@@ -116,36 +117,27 @@ class Database:
 
     def connections(self) -> tuple[int, int]:
         """How many connections are in use, and how many are idle. May be asked from any thread."""
-        pool = self._pool
-        if pool is None:
-            return 0, 0
-        idle = pool.get_idle_size()
-        return pool.get_size() - idle, idle
+        return len(self._used), len(self._idle)
 
     async def close(self) -> None:
         """Close every connection at once; statements in flight are abandoned."""
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool = None
+        self._expire()
+        for connection in tuple(self._used):
+            connection.terminate()
 
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Any]:
+    async def _ask(self, how: str, sql: str, args: Sequence[object]) -> Any:
+        connection = await self._lent()
+        answered = False
         try:
-            pool = self._pool or await self._opened()
-            connection = await pool.acquire(timeout=self._patience)
-        except _AWAY as away:
-            raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(away).__name__})") from away
-        try:
-            yield connection
+            answer = await getattr(connection, how)(sql, *args, timeout=self._patience)
+            answered = True
         except _AWAY as failed:
             if _refused(failed):
+                answered = True
                 raise errors.StatementRefused(
                     f"Postgres refused a statement ({type(failed).__name__})",
                     constraint=getattr(failed, "constraint_name", None),
                 ) from failed
-            # Whatever state the connection is in, nobody should get it next. The pool may have it back already.
-            with contextlib.suppress(asyncpg.InterfaceError):
-                connection.terminate()
             if getattr(failed, "sqlstate", None) in _NOT_MIGRATED:
                 raise errors.DatabaseUnavailable(
                     f"Postgres has not the tables of this release: run taskqueue migrate ({type(failed).__name__})"
@@ -153,25 +145,91 @@ class Database:
             if isinstance(failed, TimeoutError):
                 # Silence is of the network as a rule: the idle connections went the same way, and each of them
                 # would cost a timeout of its own.
-                await pool.expire_connections()
+                self._expire()
             raise errors.DatabaseUnavailable(f"Postgres did not answer ({type(failed).__name__})") from failed
+        else:
+            return answer
         finally:
-            with contextlib.suppress(*_AWAY):
-                await pool.release(connection, timeout=self._patience)
+            # Whatever state it is in without an answer, nobody should get it next.
+            self._take_back(connection, broken=not answered)
 
-    async def _opened(self) -> "asyncpg.Pool[Record]":
-        async with self._opening:
-            if self._pool is None:
-                self._pool = await asyncpg.create_pool(
-                    self._dsn,
-                    min_size=0,
-                    max_size=self._max_connections,
-                    max_inactive_connection_lifetime=0,
-                    timeout=min(CONNECT_TIMEOUT_SECONDS, self._patience),
-                    reset=_keep_as_it_is,
-                    server_settings={"application_name": self._application_name, **PLANNER},
-                )
-            return self._pool
+    async def _lent(self) -> "Connection":
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                self._used.add(connection)
+                return connection
+            self._free += 1
+        if not self._free:
+            given = await self._handed_over()
+            if given is not None:
+                return given
+        else:
+            self._free -= 1
+        return await self._connected()
+
+    async def _handed_over(self) -> "Connection | None":
+        """A connection that somebody gives back; None: there is room for another."""
+        place: asyncio.Future[Connection | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            async with asyncio.timeout(self._patience):
+                return await place
+        except BaseException as left:
+            if place.done() and not place.cancelled():
+                self._take_back(place.result(), broken=False)
+            else:
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(place)
+            if isinstance(left, TimeoutError):
+                raise errors.DatabaseUnavailable("No connection to Postgres was free in time") from left
+            raise
+
+    async def _connected(self) -> "Connection":
+        """A new connection, for which there is room."""
+        try:
+            connection: Connection = await asyncpg.connect(
+                self._dsn,
+                timeout=min(CONNECT_TIMEOUT_SECONDS, self._patience),
+                server_settings={"application_name": self._application_name, **PLANNER},
+            )
+        except BaseException as failed:
+            self._take_back(None, broken=True)
+            if isinstance(failed, _AWAY):
+                raise errors.DatabaseUnavailable(f"Postgres is unreachable ({type(failed).__name__})") from failed
+            raise
+        self._used.add(connection)
+        return connection
+
+    def _take_back(self, connection: "Connection | None", *, broken: bool) -> None:
+        """Have a connection back, or the room for one."""
+        if connection is not None and (broken or connection.is_closed()):
+            connection.terminate()
+            self._used.discard(connection)
+            connection = None
+        if self._hand_over(connection):
+            return
+        if connection is None:
+            self._free += 1
+        else:
+            self._used.discard(connection)
+            self._idle.append(connection)
+
+    def _hand_over(self, connection: "Connection | None") -> bool:
+        """Give a connection, or the room for one, to who has waited longest. Returns whether somebody waits."""
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(connection)
+                return True
+        return False
+
+    def _expire(self) -> None:
+        """Close what is idle."""
+        for connection in self._idle:
+            connection.terminate()
+        self._free += len(self._idle)
+        self._idle.clear()
 
 
 async def insist(operation: Callable[[], Awaitable[T]], *, what: str) -> T:

@@ -34,7 +34,7 @@ from app import catalog
 from app.core import config, metrics, telemetry
 from app.core.config import Settings
 from app.worker import bridge, execution, memory, submission, transport
-from app.worker.slots import Slots
+from app.worker.desk import Desk
 
 SOCKET_TIMEOUT_SECONDS = 10
 BEAT_SECONDS = 2.0
@@ -43,6 +43,8 @@ KEEPER_SILENCE_SECONDS = 10.0
 KEEPER_START_SECONDS = 60.0
 """How long a keeper may take to look for the first time. It takes one or two on a machine that has time for it; killed
 too early on one that has none, it would never come to look, nor would those after it."""
+LAST_REPORTS_SECONDS = 0.01
+"""How often a worker that stops looks whether its keeper has written all that was reported."""
 REFUSAL_PAUSE_SECONDS = 0.25
 """How long a worker takes no message after one that it did not know, so that others are served first."""
 
@@ -103,12 +105,13 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
         self._timer: Any = None
+        _keepers.append(self)
 
     def start(self, worker: Any) -> None:
         """Start the keeper and look after it, while Redis is away, too."""
-        self._ensure()
-        self._timer = worker.timer.call_repeatedly(1.0, self._ensure)
-        transport.EagerConnection.meanwhile.append(self._ensure)
+        self.ensure()
+        self._timer = worker.timer.call_repeatedly(1.0, self.ensure)
+        transport.EagerConnection.meanwhile.append(self.ensure)
 
     def stop(self, worker: Any) -> None:
         """Leave the keeper alone: it ends by itself, once it has settled what this worker leaves behind."""
@@ -128,9 +131,10 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         if taken is None:
             log.warning("the keeper did not take a refusal; the search for lost messages finds its task")
 
-    def _ensure(self) -> None:
+    def ensure(self) -> None:
+        """Start the keeper, or another if it is not there or does not look any more."""
         if self._process is not None and self._process.poll() is None:
-            looked = _slots().keeper_beat
+            looked = _desk().slots.keeper_beat
             patience = KEEPER_SILENCE_SECONDS if looked > self._begun else KEEPER_START_SECONDS
             if time.monotonic() - looked > max(patience, _settings().lease_seconds / 3):
                 log.error("the keeper has not looked for long and is killed")
@@ -140,14 +144,13 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
             if self._process.stdin is not None:
                 self._process.stdin.close()
-        _slots().beat()
-        self._begun = _slots().keeper_beat
-        pipe = _told()
-        command = [sys.executable, "-m", "app.worker.keeper", str(_slots().fd), str(os.getpid()), str(pipe.reader)]
-        inherited = [_slots().fd, pipe.reader]
+        desk = _desk()
+        desk.slots.beat()
+        self._begun = desk.slots.keeper_beat
+        inherited = [*desk.descriptors, _told().reader]
         if _spans is not None:
-            command.append(str(_spans.out.fileno()))
             inherited.append(_spans.out.fileno())
+        command = [sys.executable, "-m", "app.worker.keeper", *map(str, (os.getpid(), *inherited))]
         # In a session of its own, so that what is sent to the worker's group leaves it to settle what is left.
         self._process = subprocess.Popen(
             command, pass_fds=inherited, stdin=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -239,7 +242,8 @@ class _Line:
 
 
 _loaded: Settings | None = None
-_shared: Slots | None = None
+_keepers: list[KeeperStep] = []
+_shared: Desk | None = None
 _pipe: metrics.Pipe | None = None
 _spans: _Line | None = None
 
@@ -252,7 +256,7 @@ def _settings() -> Settings:
     return _loaded
 
 
-def _slots() -> Slots:
+def _desk() -> Desk:
     assert _shared is not None  # noqa: S101  # made by run_worker before the pool starts
     return _shared
 
@@ -284,7 +288,7 @@ def run_worker(settings: Settings) -> None:
         from app.worker import spans  # noqa: PLC0415  # as above
 
         _spans = _Line(*spans.pair())
-    _shared = Slots.create(settings.concurrency)
+    _shared = Desk.create(settings.concurrency)
     _pipe = metrics.Pipe()
     if settings.metrics_port == 0:
         metrics.silence()
@@ -298,8 +302,20 @@ def run_worker(settings: Settings) -> None:
     try:
         _consume(settings)
     finally:
+        _await_the_last_reports()
         if _spans is not None:
             spans.flush(_spans.into, telemetry.FLUSH_SECONDS)
+
+
+def _await_the_last_reports() -> None:
+    """Where this process is the first of its container, its end is that of the keeper, too.
+
+    At the end of the grace this process ends whatever it waits for (`_turn_cold`).
+    """
+    while _desk().spool.places():
+        for keeper in _keepers:
+            keeper.ensure()
+        time.sleep(LAST_REPORTS_SECONDS)
 
 
 def _consume(settings: Settings) -> None:
@@ -389,7 +405,7 @@ def _turn_cold(how: str = "", **_: Any) -> None:
 
     At the end of the grace the worker is gone, whatever holds it.
     """
-    _slots().announce_stop()
+    _desk().slots.announce_stop()
     later: list[tuple[float, Callable[..., object], tuple[int, ...]]] = [
         # Where even that does not end it (a child waits for Postgres), its children die with it and the
         # keeper hands back what they ran.

@@ -32,6 +32,8 @@ ROOM = 0.9
 """How much of the cap a full queue must fall under before it is pushed to again."""
 BATCH = 1000
 """Messages of one command at most: those of the largest batch that is submitted at once, or of a burst."""
+ENDS_AT_ONCE = 100
+"""Ends of tasks, which may have results of a MiB, that are put into Redis with one round trip."""
 RECHECK_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -207,22 +209,21 @@ async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
     Returns:
         Whether Redis took it.
     """
-    tally.count_ends([ended])
-    return await _put_end(broker, ended)
+    return await announce_ends(broker, [ended])
 
 
-async def _put_end(broker: Broker, ended: lifecycle.Ended) -> bool:
+async def announce_ends(broker: Broker, ended: Sequence[lifecycle.Ended]) -> bool:
+    """As `announce_end`, for several."""
+    tally.count_ends(ended)
     try:
-        await broker.put_result(ended.task_id, meta_of(ended))
+        for first in range(0, len(ended), ENDS_AT_ONCE):
+            await broker.put_results({one.task_id: meta_of(one) for one in ended[first : first + ENDS_AT_ONCE]})
     except errors.BrokerUnavailable as away:
-        log.warning("the end of task %s is in its row only: %s", ended.task_id, away)
+        log.warning("the end of %s is in the row only: %s", _named(ended), away)
         return False
     return True
 
 
-async def announce_ends(broker: Broker, ended: Sequence[lifecycle.Ended]) -> None:
-    """As `announce_end`, for several; with Redis away only the first is tried."""
-    tally.count_ends(ended)
-    for one in ended:
-        if not await _put_end(broker, one):
-            return
+def _named(ended: Sequence[lifecycle.Ended]) -> str:
+    first = f"task {ended[0].task_id}"
+    return first if len(ended) == 1 else f"{first} and {len(ended) - 1} others"

@@ -1,6 +1,6 @@
 """Who waits for a task hears of it: of its end at once, of what it does before within a second.
 
-Whoever settles a task tells Redis (`Broker.put_result`). Each API process has
+Whoever settles a task tells Redis (`Broker.put_results`). Each API process has
 one subscription there, to just the tasks that somebody waits for in it. What is
 heard is only a reason to look: one statement reads all rows that there is a
 reason to look at, and the same statement reads every row that is waited for once

@@ -7,13 +7,18 @@ questions, `census` counts, `retention` removes what is past its time. Callers u
 """
 
 from app.lifecycle.attempts import (
+    Done,
     Unclaimed,
+    Wanted,
     claim,
     claim_or_hold,
+    claim_plain,
+    claim_with_care,
     reap,
     record_progress,
     renew,
     settle,
+    settle_all,
     settle_for,
 )
 from app.lifecycle.batch import remembered, submit_batch, submit_together
@@ -126,6 +131,7 @@ __all__ = [
     "Claimed",
     "Count",
     "Crashed",
+    "Done",
     "Ended",
     "Error",
     "Explanation",
@@ -167,6 +173,7 @@ __all__ = [
     "TimedOut",
     "Transition",
     "Unclaimed",
+    "Wanted",
     "announce",
     "as_submitted",
     "attempts",
@@ -177,6 +184,8 @@ __all__ = [
     "cancel_job",
     "claim",
     "claim_or_hold",
+    "claim_plain",
+    "claim_with_care",
     "clock",
     "count_waiting",
     "counts",
@@ -221,6 +230,7 @@ __all__ = [
     "results",
     "resume_queue",
     "settle",
+    "settle_all",
     "settle_for",
     "snapshots",
     "status",

@@ -7,12 +7,12 @@ decides anything.
 
 import enum
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from app import delivery
 from app.core import tracing
 from app.core.statuses import TERMINAL, AttemptOutcome, TaskStatus
-from app.db import Database
+from app.db import Database, Record
 from app.lifecycle.lines import BURST_SECONDS, HOLD, IN_LINE, next_start
 from app.lifecycle.rules import Claim, Transition
 from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settled_of
@@ -20,26 +20,41 @@ from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settl
 EARLY_CLAIM_SECONDS = 1.0
 """How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
 
+
 # A claim need not be durable: if Postgres dies before it is, the row is as it was, and the random
 # token keeps the forgotten claimant from writing. A claim repeated with its own token succeeds,
 # which also heals a lost answer.
-_START = """
-       SET status = 'STARTED', attempt = $3 + 1, token = $4, worker = $5, started_at = now(),
-           lease_until = now() + make_interval(secs => $6)"""
-_MAY_START = """
-     WHERE id = $1 AND name = $2 AND NOT cancel_requested
-       AND (status IN ('PENDING', 'RETRY') AND attempt = $3
-                AND run_at <= now() + make_interval(secs => $7)
+def _start(attempts: str, token: str, worker: str, lease_seconds: str) -> str:
+    return f"""
+       SET status = 'STARTED', attempt = {attempts} + 1, token = {token}, worker = {worker}, started_at = now(),
+           lease_until = now() + make_interval(secs => {lease_seconds})"""
+
+
+def _may_start(task_id: str, name: str, attempts: str, token: str, early_seconds: str) -> str:
+    return f"""
+     WHERE id = {task_id} AND name = {name} AND NOT cancel_requested
+       AND (status IN ('PENDING', 'RETRY') AND attempt = {attempts}
+                AND run_at <= now() + make_interval(secs => {early_seconds})
                 AND (expires_at IS NULL OR expires_at > now())
-            OR status = 'STARTED' AND attempt = $3 + 1 AND token = $4)"""
+            OR status = 'STARTED' AND attempt = {attempts} + 1 AND token = {token})"""
+
+
+_START = _start("$3", "$4", "$5", "$6")
+_MAY_START = _may_start("$1", "$2", "$3", "$4", "$7")
 _WAITED = "GREATEST(0, extract(epoch FROM now() - GREATEST(run_at, created_at)))::float8 AS waited_seconds"
 _TO_RUN = "queue, args, kwargs, failures, crashes, losses, refusals, max_retries, time_limit, traceparent"
 _UNLIMITED = "(SELECT true FROM queue_setting s WHERE s.queue = task.queue) IS NULL"
+# They come in the order of their ids: two workers that are offered the same tasks then never wait for each other.
 _CLAIM = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true))
-    UPDATE task {_START} FROM quick {_MAY_START} AND COALESCE('task.started' <> ALL (webhook_events), true)
-       AND {_UNLIMITED}
- RETURNING {_TO_RUN}, {_WAITED}
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+wanted AS (
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::int[], $4::uuid[], $5::text[])
+        AS w (wanted_id, wanted_name, attempts, by_token, by_worker)
+)
+    UPDATE task {_start("attempts", "by_token", "by_worker", "$6")} FROM quick, wanted
+    {_may_start("wanted_id", "wanted_name", "attempts", "by_token", "$7")}
+       AND COALESCE('task.started' <> ALL (webhook_events), true) AND {_UNLIMITED}
+ RETURNING by_token, {_TO_RUN}, {_WAITED}
 """
 
 # For those that want to hear of it, and for messages that claim nothing: no other claim pays for an INSERT that it
@@ -146,37 +161,76 @@ class Unclaimed(enum.Enum):
     """The task is held: its queue is paused, or as many run as may."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A claim that is asked for: of a task with this name, by this worker."""
+
+    claim: Claim
+    name: str
+    worker: str
+
+
 async def claim(db: Database, wanted: Claim, *, name: str, worker: str, lease_seconds: float) -> Claimed | None:
     """As `claim_or_hold`, but that it gives None whyever there is nothing to run."""
-    found = await claim_or_hold(db, wanted, name=name, worker=worker, lease_seconds=lease_seconds)
+    found = await claim_or_hold(db, Wanted(wanted, name, worker), lease_seconds=lease_seconds)
     return found if isinstance(found, Claimed) else None
 
 
-async def claim_or_hold(
-    db: Database, wanted: Claim, *, name: str, worker: str, lease_seconds: float
-) -> Claimed | Unclaimed:
-    """Start attempt `wanted.attempt` of a waiting task.
+async def claim_or_hold(db: Database, wanted: Wanted, *, lease_seconds: float) -> Claimed | Unclaimed:
+    """Start attempt `wanted.claim.attempt` of a waiting task.
 
     The name is part of the guard: a forged message must not run a row under
     another task's code. Safe to repeat with the same token.
     """
-    arguments = (
-        wanted.task_id,
-        name,
-        wanted.attempt - 1,
-        wanted.token,
-        worker,
+    [found] = await claim_plain(db, [wanted], lease_seconds=lease_seconds)
+    return found or await claim_with_care(db, wanted, lease_seconds=lease_seconds)
+
+
+async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: float) -> list[Claimed | None]:
+    """As `claim_or_hold`, for several at once, in their order.
+
+    None where that takes a statement of its own (`claim_with_care`): somebody wants to hear of its start, its queue has
+    a setting, or there is nothing to run.
+    """
+    some = sorted(wanted, key=lambda one: one.claim.task_id)
+    rows = await db.fetch(
+        _CLAIM,
+        [one.claim.task_id for one in some],
+        [one.name for one in some],
+        [one.claim.attempt - 1 for one in some],
+        [one.claim.token for one in some],
+        [one.worker for one in some],
         lease_seconds,
         EARLY_CLAIM_SECONDS,
     )
-    row = await db.fetchrow(_CLAIM, *arguments) or await db.fetchrow(_CLAIM_AND_TELL, *arguments)
-    if row is not None and row.get("limited"):
+    found = {row["by_token"]: row for row in rows}
+    return [_claimed(one, row) if (row := found.get(one.claim.token)) else None for one in wanted]
+
+
+async def claim_with_care(db: Database, wanted: Wanted, *, lease_seconds: float) -> Claimed | Unclaimed:
+    """As `claim_or_hold`, for what `claim_plain` has passed over."""
+    claim = wanted.claim
+    arguments = (
+        claim.task_id,
+        wanted.name,
+        claim.attempt - 1,
+        claim.token,
+        wanted.worker,
+        lease_seconds,
+        EARLY_CLAIM_SECONDS,
+    )
+    row = await db.fetchrow(_CLAIM_AND_TELL, *arguments)
+    if row is not None and row["limited"]:
         row = await db.fetchrow(_CLAIM_ONE_BY_ONE, *arguments)
     if row is None or row["queue"] is None:
         return Unclaimed.HELD if row is not None and row.get("held") else Unclaimed.STALE
+    return _claimed(wanted, row)
+
+
+def _claimed(wanted: Wanted, row: Record) -> Claimed:
     return Claimed(
-        claim=wanted,
-        name=name,
+        claim=wanted.claim,
+        name=wanted.name,
         queue=row["queue"],
         args=row["args"],
         kwargs=row["kwargs"],
@@ -230,44 +284,48 @@ async def renew(db: Database, claims: Sequence[Claim], *, lease_seconds: float) 
 # both up. The token stays when the claimant itself writes,
 # so that it can tell, after a lost answer, its own hand from another's.
 _TOLD = TERMINAL | {TaskStatus.RETRY}
-_NEXT = "CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE $4 END"
+_NEXT = "CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY') THEN 'REVOKED' ELSE next_status END"
 _AGAIN = f"{_NEXT} IN ('PENDING', 'RETRY')"
-_MOVED = f"""
-WITH moved AS (
+# An attempt that succeeded and logged nothing is known from the row of its task, and costs no more than that UPDATE.
+_SETTLE = f"""
+WITH given AS (
+    SELECT * FROM unnest($1::uuid[], $2::int[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
+                         $9::float8[], $10::text[], $11::text[], $12::text[], $13::int[])
+        AS g (of_id, of_attempt, of_token, next_status, next_result, next_type, next_message, next_traceback,
+              wait_seconds, spends, outcome, log, log_dropped)
+), moved AS (
     UPDATE task
        SET status = {_NEXT},
-           result = $5::json,
-           error_type = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'Cancelled'
-                             WHEN $4 = 'PENDING' THEN error_type ELSE $6 END,
-           error_message = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN 'The task was cancelled'
-                                WHEN $4 = 'PENDING' THEN error_message ELSE $7 END,
-           error_traceback = CASE WHEN cancel_requested AND $4 IN ('PENDING', 'RETRY') THEN NULL
-                                  WHEN $4 = 'PENDING' THEN error_traceback ELSE $8 END,
-           run_at = CASE WHEN $4 = 'RETRY' THEN now() + make_interval(secs => $9) ELSE run_at END,
-           finished_at = CASE WHEN cancel_requested OR $4 NOT IN ('PENDING', 'RETRY') THEN now() END,
+           result = next_result::json,
+           error_type = CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY') THEN 'Cancelled'
+                             WHEN next_status = 'PENDING' THEN error_type ELSE next_type END,
+           error_message = CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY')
+                                THEN 'The task was cancelled'
+                                WHEN next_status = 'PENDING' THEN error_message ELSE next_message END,
+           error_traceback = CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY') THEN NULL
+                                  WHEN next_status = 'PENDING' THEN error_traceback ELSE next_traceback END,
+           run_at = CASE WHEN next_status = 'RETRY' THEN now() + make_interval(secs => wait_seconds) ELSE run_at END,
+           finished_at = CASE WHEN cancel_requested OR next_status NOT IN ('PENDING', 'RETRY') THEN now() END,
            lease_until = NULL, published_at = NULL,
-           position = CASE WHEN $4 = 'PENDING' THEN position END,
-           failures = failures + ($10 = 'failures')::int,
-           crashes = crashes + ($10 = 'crashes')::int,
-           losses = losses + ($10 = 'losses')::int,
-           refusals = refusals + ($10 = 'refusals')::int,
-           token = CASE WHEN $11 THEN token END,
+           position = CASE WHEN next_status = 'PENDING' THEN position END,
+           failures = failures + (spends = 'failures')::int,
+           crashes = crashes + (spends = 'crashes')::int,
+           losses = losses + (spends = 'losses')::int,
+           refusals = refusals + (spends = 'refusals')::int,
+           token = CASE WHEN $14 THEN token END,
            progress = CASE WHEN {_AGAIN} THEN NULL ELSE progress END,
            progress_message = CASE WHEN {_AGAIN} THEN NULL ELSE progress_message END,
            event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
-     WHERE id = $1 AND attempt = $2 AND token = $3 AND lease_until IS NOT NULL AND (NOT $12 OR lease_until < now())
-    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue, traceparent
-), hook AS ({delivery.intend("moved", _TOLD)})
-"""
-_SETTLE = f"""{_MOVED}
-SELECT * FROM moved
-"""
-
-# An attempt that succeeded and logged nothing is known from the row of its task, and costs no more than that UPDATE.
-_SETTLE_AND_KEEP = f"""{_MOVED}, kept AS (
+      FROM given
+     WHERE id = of_id AND attempt = of_attempt AND token = of_token AND lease_until IS NOT NULL
+       AND (NOT $15 OR lease_until < now())
+    RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue, traceparent, given.*
+), hook AS ({delivery.intend("moved", _TOLD)}
+), kept AS (
     INSERT INTO task_attempt (task_id, number, started_at, worker, outcome, error_type, error_message, error_traceback,
                               log, log_dropped)
-    SELECT id, attempt, started_at, worker, $13, $6, $7, $8, $14::json, $15 FROM moved
+    SELECT id, attempt, started_at, worker, outcome, next_type, next_message, next_traceback, log::json, log_dropped
+      FROM moved WHERE outcome <> '{AttemptOutcome.SUCCEEDED}' OR log IS NOT NULL
     ON CONFLICT DO NOTHING
 )
 SELECT * FROM moved
@@ -279,62 +337,61 @@ SELECT id, name, queue, status, result, error_type, error_message, error_traceba
 """
 
 
-async def settle(db: Database, held: Claim, transition: Transition, log: Log | None = None) -> Settled | None:
-    """Write what became of the attempt that this process ran. Durable when it returns; safe to repeat.
+@dataclass(frozen=True, slots=True)
+class Done:
+    """An attempt that is over.
 
-    Args:
-        db: where.
-        held: the attempt.
-        transition: what it means for the task.
+    Attributes:
+        claim: which.
+        transition: what that means for its task.
         log: what its code has logged, if anything.
+    """
+
+    claim: Claim
+    transition: Transition
+    log: Log | None = None
+
+
+async def settle(db: Database, held: Claim, transition: Transition, log: Log | None = None) -> Settled | None:
+    """Write what became of the attempt that this worker ran. Durable when it returns; safe to repeat.
 
     Returns:
         Where the task went; None if the claim was superseded, and nothing was written.
     """
-    return await _settle(db, held, transition, own_hand=True, only_expired=False, log=log)
+    [settled] = await settle_all(db, [Done(held, transition, log)])
+    return settled
+
+
+async def settle_all(db: Database, done: Sequence[Done]) -> list[Settled | None]:
+    """As `settle`, for several at once, in their order: all of them or none.
+
+    Raises:
+        StatementRefused: if what one of them has to say can't be stored.
+    """
+    rows = await _settle(db, done, own_hand=True, only_expired=False)
+    # A first copy of this statement may have been applied without an answer. Only a statement of its own,
+    # with a new snapshot, sees what that copy wrote while this one waited for its lock.
+    found = [
+        row or await db.fetchrow(_MY_OWN_HAND, one.claim.task_id, one.claim.attempt, one.claim.token)
+        for one, row in zip(done, rows, strict=True)
+    ]
+    return [None if row is None else settled_of(row) for row in found]
 
 
 async def settle_for(db: Database, held: Claim, transition: Transition) -> Settled | None:
     """As `settle`, on behalf of a process that is dead or will not answer: it can't settle any more."""
-    return await _settle(db, held, transition, own_hand=False, only_expired=False)
+    return await _settle_for(db, held, transition, only_expired=False)
 
 
 async def reap(db: Database, held: Claim, transition: Transition) -> Settled | None:
     """As `settle_for`, but only if the lease has run out by Postgres's clock."""
-    return await _settle(db, held, transition, own_hand=False, only_expired=True)
+    return await _settle_for(db, held, transition, only_expired=True)
 
 
-async def _settle(
-    db: Database, held: Claim, transition: Transition, *, own_hand: bool, only_expired: bool, log: Log | None = None
-) -> Settled | None:
-    error = transition.error
-    keeps = log is not None or transition.outcome is not AttemptOutcome.SUCCEEDED
-    history = (str(transition.outcome), log and log.lines, log.dropped if log else 0) if keeps else ()
-    row = await db.fetchrow(
-        _SETTLE_AND_KEEP if keeps else _SETTLE,
-        held.task_id,
-        held.attempt,
-        held.token,
-        str(transition.status),
-        transition.result,
-        error.type if error else None,
-        error.message if error else None,
-        error.traceback if error else None,
-        transition.run_in_seconds,
-        transition.spends or "none",
-        own_hand,
-        only_expired,
-        *history,
-    )
-    if row is None and own_hand:
-        # A first copy of this statement may have been applied without an answer. Only a statement of its own,
-        # with a new snapshot, sees what that copy wrote while this one waited for its lock.
-        row = await db.fetchrow(_MY_OWN_HAND, held.task_id, held.attempt, held.token)
+async def _settle_for(db: Database, held: Claim, transition: Transition, *, only_expired: bool) -> Settled | None:
+    [row] = await _settle(db, [Done(held, transition)], own_hand=False, only_expired=only_expired)
     if row is None:
         return None
-    settled = settled_of(row)
-    if own_hand:
-        return settled
     ended = tracing.Attempt(
         task_id=held.task_id,
         number=held.attempt,
@@ -342,7 +399,32 @@ async def _settle(
         queue=row["queue"],
         traceparent=row["traceparent"],
     )
-    return replace(settled, attempt=ended, began=row["started_at"])
+    return replace(settled_of(row), attempt=ended, began=row["started_at"])
+
+
+async def _settle(db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool) -> list[Record | None]:
+    some = sorted(done, key=lambda one: one.claim.task_id)
+    why = [one.transition.error for one in some]
+    rows = await db.fetch(
+        _SETTLE,
+        [one.claim.task_id for one in some],
+        [one.claim.attempt for one in some],
+        [one.claim.token for one in some],
+        [str(one.transition.status) for one in some],
+        [one.transition.result for one in some],
+        [error and error.type for error in why],
+        [error and error.message for error in why],
+        [error and error.traceback for error in why],
+        [one.transition.run_in_seconds for one in some],
+        [one.transition.spends or "none" for one in some],
+        [str(one.transition.outcome) for one in some],
+        [one.log and one.log.lines for one in some],
+        [one.log.dropped if one.log else 0 for one in some],
+        own_hand,
+        only_expired,
+    )
+    found = {row["of_token"]: row for row in rows}
+    return [found.get(one.claim.token) for one in done]
 
 
 _PROGRESS = """

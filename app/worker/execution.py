@@ -27,12 +27,15 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
 from opentelemetry.trace import Span
 
-from app import broker, db, lifecycle, publisher, tally
+from app import broker, lifecycle
 from app.core import backoff, errors, metrics, telemetry, tracing
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, memory, signals
+from app.worker.desk import Desk
 from app.worker.journal import Journal
-from app.worker.slots import Running, Slots
+from app.worker.line import Line
+from app.worker.slots import Running
+from app.worker.spool import Report
 
 RESULT_LIMIT_BYTES = 1024 * 1024
 PROGRESS_INTERVAL_SECONDS = 0.5
@@ -205,47 +208,67 @@ class _Attempt:
     heard_soft_limit: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """The place of one pool child at the desk."""
+
+    desk: Desk
+    slot: int
+    line: Line
+    worker: str
+
+    def show(self, running: Running) -> None:
+        self.desk.slots.show(self.slot, running)
+
+    def clear(self, claim: Claim) -> None:
+        self.desk.slots.clear(self.slot)
+        if self.desk.slots.ordered_to_die(self.slot, claim):
+            # The keeper decided to kill this attempt and may already have sent the signal: take no other task.
+            _await_death()
+
+
 _journal = Journal()
 _running: _Attempt | None = None
-_slots: Slots | None = None
-_slot: int | None = None
+_desk: Desk | None = None
+_seat: _Seat | None = None
 
 
-def attach(slots: Slots) -> None:
-    """Use these slots to show what runs here; called once in a worker's main process, before it forks."""
-    global _slots  # noqa: PLW0603  # one pool per process
-    _slots = slots
+def attach(desk: Desk) -> None:
+    """Use this desk; called once in a worker's main process, before it forks."""
+    global _desk  # noqa: PLW0603  # one pool per process
+    _desk = desk
 
 
 def occupy() -> None:
     """Take a slot for this pool child; called once in each, after the fork. Raises RuntimeError if there is none."""
-    global _slot  # noqa: PLW0603  # one per child
-    if _slots is not None:
-        _slot = _slots.occupy()
+    global _seat  # noqa: PLW0603  # one per child
+    if _desk is not None:
+        slot = _desk.slots.occupy()
+        line = Line(_desk.door, _desk.spool, slot)
+        _seat = _Seat(_desk, slot, line, worker=f"{socket.gethostname()}/{os.getpid()}")
 
 
 def run_attempt(task: DurableTask) -> None:
     """Run the attempt that the current message offers, if the row agrees.
 
     Raises:
-        Ignore: if the message was a duplicate or stale, its task is held for its queue, or the claim was
-            superseded: Celery reports nothing.
+        Ignore: if the message was a duplicate or stale, or its task is held for its queue: Celery reports nothing.
         SystemExit: if the worker is stopping; the task has been handed back.
     """
     wanted = _wanted(task)
+    here = _seated()
     signals.hold()
     signals.on_interrupt(_interrupted)
     try:
         # Shown before it is claimed: if this process dies in between, the keeper knows what to settle.
-        _show(Running(wanted, started=0.0, limit_seconds=0.0))
-        claimed = _claim(task, wanted)
+        here.show(Running(wanted, started=0.0, limit_seconds=0.0))
+        claimed = here.line.claim(lifecycle.Wanted(wanted, task.name, here.worker))
         if isinstance(claimed, lifecycle.Unclaimed):
             if claimed is lifecycle.Unclaimed.STALE:
                 metrics.redelivered(_consumed_from(task))
             raise Ignore
-        metrics.attempt_started(claimed.name, claimed.queue, claimed.waited_seconds)
         soft_limit = task.entry.soft_time_limit if task.entry is not None else None
-        _show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
+        here.show(Running(wanted, time.monotonic(), claimed.time_limit or 0.0, soft_limit or 0.0))
         span = tracing.Attempt(
             task_id=wanted.task_id,
             number=wanted.attempt,
@@ -262,19 +285,20 @@ def run_attempt(task: DurableTask) -> None:
             outcome = _perform(task, claimed)
             run_seconds, done_at = time.monotonic() - began, time.time_ns()
             signals.hold()
-            logged = _journal.end()
-            # Its time limits end here: however long the settle waits for Postgres, the task is done.
-            _show(Running(wanted, started=time.monotonic(), limit_seconds=0.0))
-            settled = _settle(claimed, outcome, logged)
-            _tell(claimed, outcome, settled, run_seconds)
-            _end_span(span, claimed, outcome, settled, done_at)
+            _report(here, claimed, outcome, _journal.end(), run_seconds, span, done_at)
     finally:
-        _clear(wanted)
+        here.clear(wanted)
         signals.release()
     if isinstance(outcome, Interrupted):
         raise SystemExit(0)
-    if settled is None:
+
+
+def _seated() -> _Seat:
+    """This child's place. Raises Ignore where there is none: such a process is no worker of ours."""
+    if _seat is None:
+        log.error("a task was offered to a process that is no child of a worker")
         raise Ignore
+    return _seat
 
 
 def _wanted(task: DurableTask) -> Claim:
@@ -285,18 +309,6 @@ def _wanted(task: DurableTask) -> Claim:
             return Claim(UUID(task.request.id), attempt + 1, uuid4())
     log.warning("dropped a message for %s that this service did not write", task.name)
     raise Ignore
-
-
-def _claim(task: DurableTask, wanted: Claim) -> Claimed | lifecycle.Unclaimed:
-    here = bridge.current()
-    return here.run(
-        db.insist(
-            lambda: lifecycle.claim_or_hold(
-                here.db, wanted, name=task.name, worker=_worker_name(), lease_seconds=here.settings.lease_seconds
-            ),
-            what="a claim",
-        )
-    )
 
 
 def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
@@ -380,70 +392,40 @@ def _attempted(describe: Callable[[], str]) -> str | None:
         return None
 
 
-def _settle(claimed: Claimed, outcome: Outcome, logged: lifecycle.Log | None) -> lifecycle.Settled | None:
-    try:
-        return _write(claimed, outcome, logged)
-    except errors.StatementRefused as refused:
-        # What can't be stored ends the task all the same; raised from here it would be run again and again.
-        log.error("the outcome of task %s can't be stored: %s", claimed.claim.task_id, refused)  # noqa: TRY400
-        kind = "ResultNotSerializable" if isinstance(outcome, Succeeded) else "OutcomeNotStorable"
-        return _write(claimed, Failed(Error(type=kind, message=str(refused))))
-
-
-def _write(claimed: Claimed, outcome: Outcome, logged: lifecycle.Log | None = None) -> lifecycle.Settled | None:
-    here = bridge.current()
-    transition = lifecycle.decide(claimed.budgets, outcome)
-    return here.run(db.insist(lambda: lifecycle.settle(here.db, claimed.claim, transition, logged), what="a settle"))
+def _report(  # noqa: PLR0917  # all that is known of an attempt
+    here: _Seat,
+    claimed: Claimed,
+    outcome: Outcome,
+    logged: lifecycle.Log | None,
+    run_seconds: float,
+    span: Span,
+    done_at: int,
+) -> None:
+    """Have the keeper write what became of the attempt, and end its span."""
+    report = Report(
+        claim=claimed.claim,
+        name=claimed.name,
+        queue=claimed.queue,
+        budgets=claimed.budgets,
+        traceparent=claimed.traceparent,
+        limited_with=claimed.limited_with,
+        outcome=outcome,
+        log=logged,
+        run_seconds=run_seconds,
+    )
+    traced = span.is_recording()
+    status = here.line.report(report, wait=traced)
+    # Of an attempt that was superseded, whoever ended it has told.
+    if traced and status is not None:
+        transition = lifecycle.decide(claimed.budgets, outcome)
+        error_type = transition.error.type if transition.error else None
+        tracing.end(span, outcome=transition.outcome, status=status, error_type=error_type, at=done_at)
 
 
 def _consumed_from(task: DurableTask) -> str:
     """The queue of the current message, which may say anything of itself."""
     queue = (task.request.delivery_info or {}).get("routing_key")
     return queue if queue in bridge.current().settings.queues else metrics.UNKNOWN
-
-
-def _end_span(span: Span, claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None, done_at: int) -> None:
-    # Of an attempt that was superseded, whoever ended it has told.
-    if settled is not None and span.is_recording():
-        transition = lifecycle.decide(claimed.budgets, outcome)
-        error = transition.error
-        tracing.end(
-            span,
-            outcome=transition.outcome,
-            status=settled.status,
-            error_type=error.type if error else None,
-            at=done_at,
-        )
-
-
-def _tell(claimed: Claimed, outcome: Outcome, settled: lifecycle.Settled | None, run_seconds: float) -> None:
-    task_id, attempt = claimed.claim.task_id, claimed.claim.attempt
-    if settled is None:
-        log.info("%s %s attempt %d was superseded", claimed.name, task_id, attempt)
-        return
-    tally.count_attempt(claimed.name, claimed.queue, outcome, settled, run_seconds=run_seconds)
-    error = outcome.error if isinstance(outcome, Failed | RetryAsked | Misfit) else None
-    reason = f" ({error.type})" if error else ""
-    log.info("%s %s attempt %d ended %s%s", claimed.name, task_id, attempt, settled.status, reason)
-    here = bridge.current()
-    if settled.ended is not None:
-        here.start(publisher.announce_end(here.broker, settled.ended))
-    if claimed.limited_with is not None:
-        here.start(publisher.let_go(here.db, here.broker, claimed.queue, claimed.limited_with))
-
-
-def _show(running: Running) -> None:
-    if _slots is not None and _slot is not None:
-        _slots.show(_slot, running)
-
-
-def _clear(claim: Claim) -> None:
-    if _slots is None or _slot is None:
-        return
-    _slots.clear(_slot)
-    if _slots.ordered_to_die(_slot, claim):
-        # The keeper decided to kill this attempt and may already have sent the signal: take no other task.
-        _await_death()
 
 
 def _await_death() -> NoReturn:
@@ -458,9 +440,9 @@ def checkpoint() -> None:
         TaskCancelled: if it was.
     """
     attempt = _running
-    if attempt is None or _slots is None or _slot is None:
+    if attempt is None or _seat is None:
         return
-    if _slots.ordered_to_cancel(_slot, attempt.claimed.claim):
+    if _seat.desk.slots.ordered_to_cancel(_seat.slot, attempt.claimed.claim):
         raise TaskCancelled
 
 
@@ -473,9 +455,9 @@ def _interrupted() -> None:
     """
     checkpoint()
     attempt = _running
-    if attempt is None or attempt.heard_soft_limit or _slots is None or _slot is None:
+    if attempt is None or attempt.heard_soft_limit or _seat is None:
         return
-    if _slots.ordered_by_soft_limit(_slot, attempt.claimed.claim):
+    if _seat.desk.slots.ordered_by_soft_limit(_seat.slot, attempt.claimed.claim):
         attempt.heard_soft_limit = True
         raise SoftTimeLimitExceeded
 
@@ -503,7 +485,3 @@ def progress(fraction: float, message: str | None = None) -> None:
 def current_failures() -> int:
     """How many runs of the task that runs here have failed; 0 outside a worker."""
     return _running.claimed.budgets.failures if _running is not None else 0
-
-
-def _worker_name() -> str:
-    return f"{socket.gethostname()}/{os.getpid()}"

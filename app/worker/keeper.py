@@ -4,6 +4,7 @@ A process of its own beside a worker's pool, outside every interpreter that runs
 user code: a C call may hold the GIL for longer than a lease. It reads what the
 children show (`slots`), and
 
+- claims for them, and writes what they report (`recorder`),
 - renews all their leases in one statement,
 - settles at once what died with a child: a crash if only the child died, a
   release if the worker is stopping, a loss if the whole worker is gone,
@@ -28,9 +29,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 from uuid import UUID
+
+import uvloop
 
 from app import db, lifecycle, publisher, tally
 from app.broker import Broker
@@ -38,8 +41,10 @@ from app.core import config, errors, metrics, stopping, telemetry
 from app.core.config import Settings
 from app.db import STATEMENT_TIMEOUT_SECONDS, Database
 from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
-from app.worker import memory
+from app.worker import memory, recorder
+from app.worker.recorder import Recorder
 from app.worker.slots import Running, Slot, Slots
+from app.worker.spool import Spool
 
 LOOK_SECONDS = 0.2
 """How often the slots are looked at: for dead children and passed limits."""
@@ -62,8 +67,8 @@ def main(argv: list[str]) -> int:
     """Run until the worker is gone.
 
     Args:
-        argv: the file descriptor of the worker's slots, its process id, the descriptor of its metrics' pipe, and if its
-            tasks are traced that of the line on which its children hand over their spans.
+        argv: the worker's process id, and the file descriptors of its slots, its spool, the inside of its door, its
+            metrics' pipe, and if its tasks are traced that of the line on which its children hand over their spans.
     """
     settings = config.load()
     if settings.metrics_port == 0:
@@ -72,9 +77,17 @@ def main(argv: list[str]) -> int:
     # The terminal's Ctrl-C and the pod's SIGTERM mean the worker; the keeper stays until that has ended.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    told = metrics.Reader(int(argv[2])) if len(argv) > 2 else None  # noqa: PLR2004  # as the docstring says
-    with _traces(settings, [int(number) for number in argv[3:]]):
-        asyncio.run(Keeper(settings, Slots(int(argv[0])), worker_pid=int(argv[1]), told=told).run())
+    worker_pid, slots, spool, door, pipe, *spans = map(int, argv)
+    with _traces(settings, spans):
+        keeper = Keeper(
+            settings,
+            worker_pid=worker_pid,
+            slots=Slots(slots),
+            spool=Spool(spool),
+            door=socket.socket(fileno=door),
+            told=metrics.Reader(pipe),
+        )
+        uvloop.run(keeper.run())
     return 0
 
 
@@ -99,8 +112,15 @@ def _traces(settings: Settings, line: list[int]) -> Iterator[None]:
 class Keeper:
     """Looks after the attempts of one worker."""
 
-    def __init__(
-        self, settings: Settings, slots: Slots, *, worker_pid: int, told: metrics.Reader | None = None
+    def __init__(  # all that it shares with the worker
+        self,
+        settings: Settings,
+        *,
+        worker_pid: int,
+        slots: Slots,
+        spool: Spool,
+        door: socket.socket,
+        told: metrics.Reader,
     ) -> None:
         self._settings = settings
         self._slots = slots
@@ -115,6 +135,16 @@ class Keeper:
             patience_seconds=max(1.0, min(STATEMENT_TIMEOUT_SECONDS, settings.lease_seconds / 3)),
         )
         self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
+        # Its connections are its own: no claim and no settle keeps a renewal waiting.
+        self._recorder = Recorder(
+            Database(
+                settings.postgres_dsn, max_connections=recorder.CONNECTIONS, application_name=f"taskqueue-{worker_pid}"
+            ),
+            Broker(settings.redis_url.get_secret_value(), client_name=f"taskqueue-{worker_pid}", max_connections=2),
+            spool,
+            door,
+            lease_seconds=settings.lease_seconds,
+        )
         self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
         self._unheld: set[Claim] = set()
         self._told: dict[Claim, float] = {}
@@ -122,23 +152,25 @@ class Keeper:
         self._oom_kills = memory.OomKills(memory.find_oom_counter())
 
     async def run(self) -> None:
-        """Look and renew until the worker is gone and nothing of it is left to settle."""
+        """Look, renew and record until the worker is gone and nothing of it is left to settle."""
+        recording = asyncio.create_task(self._recorder.run())
         commands = asyncio.create_task(self._take_commands())
         renewals = asyncio.create_task(self._renew_forever())
         metrics_server = asyncio.create_task(self._serve_metrics())
         presence = asyncio.create_task(self._announce_forever())
         try:
             # Should one of them end, this keeper is no good any more, and the worker starts another.
-            while self._worker_lives() and not (renewals.done() or commands.done()):
+            while self._worker_lives() and not (renewals.done() or commands.done() or recording.done()):
                 self._slots.beat()
                 self._look()
                 await asyncio.sleep(LOOK_SECONDS)
             if not self._worker_lives():
                 await self._settle_the_rest()
         finally:
-            await stopping.stop(commands, renewals, metrics_server, presence, *self._busy.values())
+            await stopping.stop(recording, commands, renewals, metrics_server, presence, *self._busy.values())
             if not self._worker_lives():
                 await self._leave()
+            await self._recorder.close()
             await self._broker.close()
             await self._db.close()
 
@@ -148,7 +180,7 @@ class Keeper:
     async def _settle_the_rest(self) -> None:
         """The worker is gone; its children follow (PR_SET_PDEATHSIG). Settle each as it does."""
         deadline = time.monotonic() + SETTLE_LAST_SECONDS
-        while self._slots.all() and time.monotonic() < deadline:
+        while (self._slots.all() or not self._recorder.is_done()) and time.monotonic() < deadline:
             self._look()
             await asyncio.sleep(LOOK_SECONDS / 4)
 
@@ -156,8 +188,8 @@ class Keeper:
         taken = self._slots.all()
         busy = sum(slot.running is not None for slot in taken)
         metrics.show_pool(self._settings.queues, slots=self._settings.concurrency, busy=busy)
-        if self._told_by_children is not None:
-            self._told_by_children.absorb()
+        self._told_by_children.absorb()
+        self._recorder.look()
         self._oom_kills.look()
         self._told_softly &= {slot.running.claim for slot in taken if slot.running is not None}
         for slot in taken:
@@ -181,7 +213,10 @@ class Keeper:
     async def _bury(self, slot: Slot) -> None:
         """Settle what a dead child was running, then let its successor have the slot."""
         if slot.running is not None:
-            await self._settle(slot.running, await self._cause_of_death())
+            cause = await self._cause_of_death()
+            # What it has asked for or reported comes first: it may have lived to see the end of this attempt.
+            await self._recorder.finish(slot.index)
+            await self._settle(slot.running, cause)
         self._slots.free(slot.index)
 
     async def _cause_of_death(self) -> Outcome:
@@ -229,17 +264,20 @@ class Keeper:
         while True:
             await asyncio.sleep(seconds)
             running = {slot.running.claim: slot for slot in self._slots.all() if slot.running is not None}
-            if running:
+            over = [claim for claim in self._recorder.unsettled() if claim not in running]
+            if running or over:
                 try:
-                    await self._renew(running)
+                    await self._renew(running, over)
                 except errors.DatabaseUnavailable as away:
                     # The tasks go on: whether they were cut off is decided when Postgres answers again.
                     log.warning("leases could not be renewed: %s", away)
                 except Exception:
                     log.exception("leases could not be renewed")
 
-    async def _renew(self, running: dict[Claim, Slot]) -> None:
-        leases = await lifecycle.renew(self._db, list(running), lease_seconds=self._settings.lease_seconds)
+    async def _renew(self, running: dict[Claim, Slot], over: Sequence[Claim]) -> None:
+        """Renew the leases of what runs, and of what is over and not yet written."""
+        held = await lifecycle.renew(self._db, [*running, *over], lease_seconds=self._settings.lease_seconds)
+        leases = [lease for lease in held if lease.claim in running]
         # What is still being claimed is not judged, and a settle may just be done: only what is not held
         # twice running is superseded.
         unheld = {lease.claim for lease in leases if not lease.held and _started(running[lease.claim])}

@@ -57,7 +57,7 @@ class RowBackend(RedisBackend):  # type: ignore[misc]  # Celery ships no types
     ResultConsumer = RowResultConsumer
 
     def store_result(self, task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
-        """Store nothing: only `Broker.put_result` writes, after the row is settled."""
+        """Store nothing: only `Broker.put_results` writes, after the row is settled."""
         del task_id, state, args, kwargs
         return result
 

@@ -95,7 +95,7 @@ async def test_the_copy_of_a_result_is_stored_and_announced(wire: Broker, plain:
         await heard.subscribe(key)
         await heard.get_message(timeout=2)
         meta = broker.encode_meta(task_id, "SUCCESS", result="[1]", error_type="", error_message="")
-        await wire.put_result(task_id, meta)
+        await wire.put_results({task_id: meta})
         message = await heard.get_message(timeout=2)
 
     assert message is not None

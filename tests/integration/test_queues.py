@@ -69,8 +69,8 @@ async def test_a_claim_in_a_paused_queue_holds_its_row_and_running_tasks_go_on(d
 
 async def test_a_claim_that_is_held_is_told_from_one_that_is_stale(db: Database) -> None:
     async def why(task_id: UUID, attempt: int = 1) -> Claimed | Unclaimed:
-        wanted = Claim(task_id, attempt, uuid4())
-        return await lifecycle.claim_or_hold(db, wanted, name="sample.echo", worker="test", lease_seconds=30.0)
+        wanted = lifecycle.Wanted(Claim(task_id, attempt, uuid4()), "sample.echo", "test")
+        return await lifecycle.claim_or_hold(db, wanted, lease_seconds=30.0)
 
     waits, runs = await submitted(db), await submitted(db)
     assert isinstance(await why(runs), Claimed)

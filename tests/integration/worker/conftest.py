@@ -7,6 +7,7 @@ from uuid import UUID
 import pytest
 
 from app.dev import ports
+from app.worker.desk import Desk
 from tests.support import servers
 from tests.support.servers import Servers
 from tests.support.service import Service, service
@@ -62,3 +63,10 @@ def spent(running: Service, task_id: UUID) -> list[int]:
 def outcome(view: dict[str, Any]) -> tuple[str, str | None, int]:
     """Status, type of error, and attempts, of what is known of a task."""
     return view["status"], (view["error"] or {}).get("type"), view["attempt"]
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    made = Desk.create(concurrency=1)
+    yield made
+    made.close()

@@ -1,12 +1,10 @@
 """The keeper, when what it stands on gives way."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -18,11 +16,10 @@ import redis
 from app import broker, celery_app, lifecycle
 from app.core import metrics
 from app.core.config import Settings
-from app.lifecycle import Claim
-from app.worker import slots
-from app.worker.slots import Slots
+from app.worker.desk import Desk
 from tests.support import database
-from tests.support.service import ROOT, Service
+from tests.support.keepers import alone, occupy
+from tests.support.service import Service
 from tests.support.waiting import until, wait_until
 
 REFUSE_RENEWALS = """
@@ -91,7 +88,7 @@ def test_a_keeper_that_does_not_look_any_more_is_replaced(running: Service) -> N
 
 
 @pytest.fixture
-def step(settings: Settings, memory: Slots, monkeypatch: pytest.MonkeyPatch) -> Iterator[celery_app.KeeperStep]:
+def step(settings: Settings, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Iterator[celery_app.KeeperStep]:
     """What a worker looks after its keeper with: this process is the worker."""
     for name, value in {
         "DATABASE_URL": settings.postgres_dsn,
@@ -102,7 +99,7 @@ def step(settings: Settings, memory: Slots, monkeypatch: pytest.MonkeyPatch) -> 
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(celery_app, "_loaded", settings.model_copy(update={"lease_seconds": 1.0}))
-    monkeypatch.setattr(celery_app, "_shared", memory)
+    monkeypatch.setattr(celery_app, "_shared", desk)
     pipe = metrics.Pipe()
     monkeypatch.setattr(celery_app, "_pipe", pipe)
     one = celery_app.KeeperStep(None)
@@ -115,26 +112,26 @@ def step(settings: Settings, memory: Slots, monkeypatch: pytest.MonkeyPatch) -> 
 
 def started(step: celery_app.KeeperStep) -> psutil.Process:
     """The keeper that is there after another look at it."""
-    step._ensure()
+    step.ensure()
     assert step._process is not None
     return psutil.Process(step._process.pid)
 
 
 def test_a_keeper_that_starts_is_given_longer_than_one_that_falls_silent(
-    step: celery_app.KeeperStep, memory: Slots, monkeypatch: pytest.MonkeyPatch
+    step: celery_app.KeeperStep, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(celery_app, "KEEPER_SILENCE_SECONDS", 0.4)
     monkeypatch.setattr(celery_app, "KEEPER_START_SECONDS", 3600.0)
     keeper = started(step)
-    begun = memory.keeper_beat
+    begun = desk.slots.keeper_beat
     keeper.suspend()
     wait_until(lambda: time.monotonic() - begun > 0.5, what="more than a silence")
     assert started(step) == keeper
     keeper.resume()
     # Nobody looks after it until it has looked itself: on a busy machine it may fall silent again.
-    wait_until(lambda: memory.keeper_beat > begun, 60, "its first look")
+    wait_until(lambda: desk.slots.keeper_beat > begun, 60, "its first look")
     keeper.suspend()
-    wait_until(lambda: time.monotonic() - memory.keeper_beat > 0.5, what="its silence")
+    wait_until(lambda: time.monotonic() - desk.slots.keeper_beat > 0.5, what="its silence")
     wait_until(lambda: started(step) != keeper, 60, "another keeper")
 
 
@@ -148,62 +145,22 @@ def test_a_keeper_that_never_comes_to_look_is_replaced(
     wait_until(lambda: started(step) != keeper, 60, "another keeper")
 
 
-@contextlib.contextmanager
-def alone(settings: Settings, memory: Slots, worker_pid: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A keeper whose worker is somebody else, or this process."""
-    given = {
-        "DATABASE_URL": settings.postgres_dsn,
-        "REDIS_URL": settings.redis_url.get_secret_value(),
-        "TASKQUEUE_AUTH_MODE": "none",
-        "TASKQUEUE_METRICS_PORT": "0",
-        "TASKQUEUE_LOG_FORMAT": "console",
-    }
-    command = [sys.executable, "-m", "app.worker.keeper", str(memory.fd), str(worker_pid)]
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **given},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=[memory.fd],
-            bufsize=0,
-        ) as keeper,
-    ):
-        try:
-            yield keeper
-        finally:
-            keeper.kill()
-            print(log.read_text())  # noqa: T201  # pytest shows it with a failure only
-
-
-@pytest.fixture
-def memory() -> Iterator[Slots]:
-    made = Slots.create(concurrency=1)
-    yield made
-    os.close(made.fd)
-
-
-def test_a_keeper_that_comes_when_its_worker_has_gone_ends_soon(
-    settings: Settings, memory: Slots, tmp_path: Path
-) -> None:
+def test_a_keeper_that_comes_when_its_worker_has_gone_ends_soon(settings: Settings, desk: Desk, tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
 
-    with alone(settings, memory, gone.pid, tmp_path / "log") as keeper:
+    with alone(settings, desk, gone.pid, tmp_path / "log") as keeper:
         # It waits for 10 s at most even for slots that are taken; there are none. Starting is most of this time.
         assert keeper.wait(8) == 0
 
 
 async def test_a_keeper_goes_on_with_refusals_after_lines_it_cannot_use(
-    settings: Settings, memory: Slots, tmp_path: Path
+    settings: Settings, desk: Desk, tmp_path: Path
 ) -> None:
     async with database.opened(settings) as postgres:
         task_id = await database.submitted(postgres, name="next.release")
         position = (await database.row(postgres, task_id))["position"]
-        with alone(settings, memory, os.getpid(), tmp_path / "log") as keeper:
+        with alone(settings, desk, os.getpid(), tmp_path / "log") as keeper:
             assert keeper.stdin is not None
             for line in (
                 "garbage",
@@ -238,26 +195,16 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
 
 
 async def test_a_slot_whose_pid_is_somebody_else_s_by_now_is_buried_and_nobody_is_killed(
-    settings: Settings, memory: Slots, bystander: subprocess.Popen[bytes], tmp_path: Path
+    settings: Settings, desk: Desk, bystander: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
     async with database.opened(settings) as postgres:
         task_id = await database.submitted(postgres)
         claimed = await database.started(postgres, task_id)
         # Long past its limit, so that whoever has this pid would be killed.
-        _occupy(memory, bystander.pid, claimed.claim, limit_seconds=0.001)
-        with alone(settings, memory, os.getpid(), tmp_path / "log"):
-            await until(lambda: not memory.all(), what="the burial")
+        occupy(desk, bystander.pid, claimed.claim, limit_seconds=0.001)
+        with alone(settings, desk, os.getpid(), tmp_path / "log"):
+            await until(lambda: not desk.slots.all(), what="the burial")
         row = await database.row(postgres, task_id)
 
     assert bystander.poll() is None
     assert (row["status"], row["crashes"], row["failures"]) == ("RETRY", 1, 0)
-
-
-def _occupy(memory: Slots, pid: int, claim: Claim, *, limit_seconds: float) -> None:
-    """Take the first slot as a process with this pid would have, which was started at another time."""
-    born = slots._look_up(pid)[1] - 1
-    times = 1.0, limit_seconds, 0.0
-    record = slots._RECORD.pack(pid, born, claim.task_id.bytes, claim.attempt, claim.token.bytes, *times)
-    start = slots._HEADER
-    raw = record + slots._SUM.pack(zlib.crc32(record))
-    memory._memory[start : start + len(raw)] = raw

@@ -183,11 +183,12 @@ def test_what_happens_while_the_keeper_is_away_is_counted(watched: Watched) -> N
     keeper = worker.keeper()
     assert keeper is not None
     watched.begin()
-    # Stopped, it reads nothing; killed, the next one reads what has waited in the pipe.
+    # Stopped, it hears nothing; killed, the next one hears what was asked meanwhile.
     keeper.send_signal(signal.SIGSTOP)
-    for one in [watched.running.submit("sample.large", 10) for _ in range(5)]:
-        watched.running.ends(one, SECONDS)
+    submitted = [watched.running.submit("sample.large", 10) for _ in range(5)]
     keeper.kill()
+    for one in submitted:
+        watched.running.ends(one, SECONDS)
     wait_until(lambda: answers(watched.ports["worker"]), SECONDS, "the next keeper")
     watched.reaches("worker", 5, ATTEMPTS, task="sample.large", outcome="succeeded")
     assert watched.look("worker").total("taskqueue_metric_events_dropped_total") == 0

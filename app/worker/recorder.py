@@ -1,0 +1,365 @@
+"""Claims and settles for all children of a pool, those that come together in one statement.
+
+It lives in the keeper. A child asks for a claim over its line and waits; what
+became of the attempt it puts into the spool, and goes on. So the children talk
+to Postgres and Redis through two or three connections of the keeper's, and a
+commit is paid for once by all that ended while the one before it was on its way.
+
+Nothing is weaker for that: a task's end is durable before anybody hears of it,
+and a report in the spool is written, whoever dies, or belongs to an attempt
+that was superseded.
+"""
+
+import asyncio
+import logging
+import math
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
+
+from app import db, lifecycle, publisher, tally
+from app.broker import Broker
+from app.core import errors, metrics, tracing
+from app.core.stopping import stop
+from app.db import Database
+from app.lifecycle import Claim, Done, Ended, Error, Failed, Settled, Succeeded, Unclaimed, Wanted
+from app.worker import line
+from app.worker.spool import Place, Report, Spool
+
+CONNECTIONS = 3
+BATCH = 100
+"""Claims or reports of one statement at most."""
+SETTLES_APART_SECONDS = 0.004
+"""From one statement that settles to the next: of a row among ten, Postgres has a fifth of the work that it has of one
+alone. The child that has reported is at its next task meanwhile."""
+SHARED_BYTES = 16 * 1024
+"""A report that shares a statement, at most: a large one keeps no other waiting."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Lane(Generic[T]):
+    """One after the other: what comes while some are being worked on is worked on together.
+
+    Args:
+        work: on some.
+        size: of one, in bytes.
+        apart_seconds: from the beginning of one work to that of the next. One that comes alone waits for nobody.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[list[T]], Awaitable[None]],
+        *,
+        size: Callable[[T], int] = lambda _: 0,
+        apart_seconds: float = 0.0,
+    ) -> None:
+        self._work = work
+        self._size = size
+        self._apart = apart_seconds
+        self._begun = -math.inf
+        self._waiting: deque[T] = deque()
+        self._rung = asyncio.Event()
+        self._works = False
+
+    def __bool__(self) -> bool:
+        """Whether there is something to do."""
+        return self._works or bool(self._waiting)
+
+    def put(self, one: T) -> None:
+        """Have this worked on."""
+        self._waiting.append(one)
+        self._rung.set()
+
+    def drop(self, unwanted: Callable[[T], bool]) -> list[T]:
+        """Forget those of them that nobody works on yet; returns them."""
+        dropped = [one for one in self._waiting if unwanted(one)]
+        self._waiting = deque(one for one in self._waiting if not unwanted(one))
+        return dropped
+
+    async def run(self) -> None:
+        """Work for ever."""
+        while True:
+            await self._rung.wait()
+            self._rung.clear()
+            while self._waiting:
+                self._works = True
+                await self._rest()
+                await self._work(self._next())
+                self._works = False
+
+    async def _rest(self) -> None:
+        now = asyncio.get_running_loop().time()
+        left = self._begun + self._apart - now
+        if left > 0:
+            await asyncio.sleep(left)
+        self._begun = max(now, self._begun + self._apart)
+
+    def _next(self) -> list[T]:
+        some, left = [self._waiting.popleft()], SHARED_BYTES
+        left -= self._size(some[0])
+        while self._waiting and len(some) < BATCH and (left := left - self._size(self._waiting[0])) >= 0:
+            some.append(self._waiting.popleft())
+        return some
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A claim that a child waits for."""
+
+    wanted: Wanted
+    slot: int
+    by: "_Caller"
+
+
+@dataclass(slots=True, eq=False)
+class _Reported:
+    """A report that is being written."""
+
+    report: Report
+    place: Place
+    size: int
+    waits: "_Caller | None" = None
+
+
+class _Caller(asyncio.Protocol):
+    """The keeper's end of a child's line."""
+
+    def __init__(self, recorder: "Recorder") -> None:
+        self._recorder = recorder
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods only
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._transport = None
+        self._recorder.left(self)
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody hears an answer any more."""
+        return self._transport is None
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= line.HEAD.size:
+            length, kind = line.HEAD.unpack_from(self._buffer)
+            end = line.HEAD.size + length
+            if len(self._buffer) < end:
+                return
+            said = bytes(self._buffer[line.HEAD.size : end])
+            del self._buffer[:end]
+            self._recorder.told(kind, said, self)
+
+    def say(self, kind: bytes, said: bytes) -> None:
+        """Answer, if somebody is there."""
+        if self._transport is not None:
+            self._transport.write(line.frame(kind, said))
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Writes for the children of one pool."""
+
+    db: Database
+    broker: Broker
+    spool: Spool
+    door: socket.socket
+    lease_seconds: float
+    _claiming: set[_Asked] = field(default_factory=set)
+    _reported: dict[Place, _Reported] = field(default_factory=dict)
+    _claims: Lane[_Asked] = field(init=False)
+    _settles: Lane[_Reported] = field(init=False)
+    _ends: Lane[Ended] = field(init=False)
+    _started: set[asyncio.Task[Any]] = field(default_factory=set)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._claims = Lane(self._claim)
+        self._settles = Lane(self._settle, size=lambda one: one.size, apart_seconds=SETTLES_APART_SECONDS)
+        self._ends = Lane(self._announce, size=lambda ended: len(ended.result or ""))
+
+    async def run(self) -> None:
+        """Answer and write until cancelled."""
+        loop = asyncio.get_running_loop()
+        self.door.setblocking(False)
+        loop.add_reader(self.door, self._open)
+        lanes = [asyncio.create_task(lane.run()) for lane in (self._claims, self._settles, self._ends)]
+        try:
+            self.look()
+            await asyncio.wait(lanes, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_reader(self.door)
+            await stop(*lanes, *self._started)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.broker.close()
+        await self.db.close()
+
+    def look(self) -> None:
+        """Take what is in the spool and was not heard of: a keeper that has died may have."""
+        for place in self.spool.places():
+            self._take(place, None)
+
+    def unsettled(self) -> list[Claim]:
+        """The attempts that are over and not yet written."""
+        return [one.report.claim for one in self._reported.values()]
+
+    def is_done(self) -> bool:
+        """Whether nothing that was reported is left to write or to tell."""
+        return not (self._reported or self._ends or self.spool.places())
+
+    async def finish(self, slot: int) -> None:
+        """Wait until nothing is left to do of what a dead child in this slot has asked for or reported."""
+        for place in self.spool.places():
+            self._take(place, None)
+            if place.slot == slot and place not in self._reported:
+                log.error("a report of a dead process can't be read, and is dropped")
+                self.spool.free(place)
+        while any(place.slot == slot for place in self._reported) or any(one.slot == slot for one in self._claiming):
+            self._changed.clear()
+            await self._changed.wait()
+
+    def told(self, kind: bytes, said: bytes, by: _Caller) -> None:
+        """Hear what a child has to say."""
+        if kind == line.CLAIM:
+            wanted, slot = line.decode_wanted(said)
+            asked = _Asked(wanted, slot, by)
+            self._claiming.add(asked)
+            self._claims.put(asked)
+        elif kind == line.SPOOLED:
+            slot, cell, waits = line.WHERE.unpack(said)
+            self._take(Place(slot, cell), by if waits else None)
+
+    def left(self, caller: _Caller) -> None:
+        """Forget what somebody has asked for who is gone."""
+        self._claiming.difference_update(self._claims.drop(lambda asked: asked.by is caller))
+        self._changed.set()
+
+    def _open(self) -> None:
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self.door, 16, 1)
+        except BlockingIOError:
+            return
+        for descriptor in descriptors:
+            end = socket.socket(fileno=descriptor)
+            self._start(asyncio.get_running_loop().connect_accepted_socket(lambda: _Caller(self), end))
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._started.add(task)
+        task.add_done_callback(self._started.discard)
+
+    async def _claim(self, asked: Sequence[_Asked]) -> None:
+        wanted = [one.wanted for one in asked]
+        found = await db.insist(
+            lambda: lifecycle.claim_plain(self.db, wanted, lease_seconds=self.lease_seconds), what="a claim"
+        )
+        for one, claimed in zip(asked, found, strict=True):
+            if claimed is not None:
+                self._answer(one, claimed)
+            else:
+                # It may have to wait for others of its queue, and the next ones not for that.
+                self._start(self._claim_with_care(one))
+
+    async def _claim_with_care(self, asked: _Asked) -> None:
+        found = await db.insist(
+            lambda: lifecycle.claim_with_care(self.db, asked.wanted, lease_seconds=self.lease_seconds), what="a claim"
+        )
+        self._answer(asked, found)
+
+    def _answer(self, asked: _Asked, found: lifecycle.Claimed | Unclaimed) -> None:
+        if not isinstance(found, Unclaimed):
+            metrics.attempt_started(found.name, found.queue, found.waited_seconds)
+        asked.by.say(line.CLAIMED, line.encode_found(found))
+        self._claiming.discard(asked)
+        self._changed.set()
+
+    def _take(self, place: Place, waits: _Caller | None) -> None:
+        """Have a report written, unless that is under way."""
+        known = self._reported.get(place)
+        if known is not None:
+            known.waits = waits or known.waits
+            return
+        raw = self.spool.get(place)
+        if raw is None:
+            return
+        try:
+            one = _Reported(Report.decode(raw), place, len(raw), waits)
+        except Exception:
+            # Whoever overwrote it has not found the checksum by chance. Its attempt ends with its lease.
+            log.exception("a report can't be read, and is dropped")
+            self.spool.free(place)
+            self._changed.set()
+            return
+        self._reported[place] = one
+        self._settles.put(one)
+
+    async def _settle(self, some: Sequence[_Reported]) -> None:
+        done = [_done(one.report) for one in some]
+        try:
+            settled = await db.insist(lambda: lifecycle.settle_all(self.db, done), what="a settle")
+        except errors.StatementRefused as refused:
+            if len(some) > 1:
+                # One of them is at fault. The others have nothing to do with it.
+                for one in some:
+                    await self._settle([one])
+                return
+            settled = [await self._settle_unfit(some[0], refused)]
+        for one, written in zip(some, settled, strict=True):
+            self._tell(one, written)
+
+    async def _settle_unfit(self, one: _Reported, refused: errors.StatementRefused) -> Settled | None:
+        """What can't be stored ends the task all the same; else it would be run again and again."""
+        claim = one.report.claim
+        log.error("the outcome of task %s can't be stored: %s", claim.task_id, refused)
+        kind = "ResultNotSerializable" if isinstance(one.report.outcome, Succeeded) else "OutcomeNotStorable"
+        transition = lifecycle.decide(one.report.budgets, Failed(Error(type=kind, message=str(refused))))
+        return await db.insist(lambda: lifecycle.settle(self.db, claim, transition), what="a settle")
+
+    def _tell(self, one: _Reported, settled: Settled | None) -> None:
+        """Tell whoever is to hear of it, now that it is durable, and give its place away."""
+        report = one.report
+        if one.waits is not None:
+            one.waits.say(line.SETTLED, settled.status.encode() if settled is not None else b"")
+        self.spool.free(one.place)
+        del self._reported[one.place]
+        self._changed.set()
+        _log(report, settled)
+        if settled is None:
+            return
+        tally.count_attempt(report.name, report.queue, report.outcome, settled, run_seconds=report.run_seconds)
+        if settled.ended is not None:
+            self._ends.put(settled.ended)
+        if report.limited_with is not None:
+            self._start(publisher.let_go(self.db, self.broker, report.queue, report.limited_with))
+
+    async def _announce(self, ended: Sequence[Ended]) -> None:
+        await publisher.announce_ends(self.broker, ended)
+
+
+def _done(report: Report) -> Done:
+    return Done(report.claim, lifecycle.decide(report.budgets, report.outcome), report.log)
+
+
+def _log(report: Report, settled: Settled | None) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    task_id, attempt, outcome = report.claim.task_id, report.claim.attempt, report.outcome
+    about = tracing.Attempt(
+        task_id=task_id, number=attempt, task=report.name, queue=report.queue, traceparent=report.traceparent
+    ).fields()
+    if settled is None:
+        log.info("%s %s attempt %d was superseded", report.name, task_id, attempt, extra=about)
+        return
+    error = outcome.error if isinstance(outcome, Failed | lifecycle.RetryAsked | lifecycle.Misfit) else None
+    reason = f" ({error.type})" if error else ""
+    log.info("%s %s attempt %d ended %s%s", report.name, task_id, attempt, settled.status, reason, extra=about)

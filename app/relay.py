@@ -19,16 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app import circuits, db, delivery, lifecycle, publisher, schedules, tally
+from app import circuits, delivery, lifecycle, publisher, schedules, tally
 from app.broker import END_OF_LINE, Broker
 from app.circuits import Circuits
 from app.core import errors, limits, metrics, stopping, telemetry, tracing
 from app.core.config import Settings, webhook_key
 from app.core.repeating import every
-from app.core.statuses import DeliveryStatus, JobKind
+from app.core.statuses import JobKind
 from app.db import Database
+from app.delivery import Settling
 from app.exporter import Exporter
 from app.keyring import Keyring, Ring
+from app.receipts import Receipts
 from app.scheduler import Scheduler
 from app.trials import Trials
 from app.utils import sealing
@@ -78,8 +80,6 @@ DELIVERIES_AT_MOST = 500
 `Circuits.passed_over`. No claim takes more than half of what is free, so it leaves some whoever it is for."""
 DELIVERY_LEASE_SECONDS = 30.0
 """How long a webhook waits whose relay was killed: the deadline of a POST (15 s), and as long again to settle it."""
-SETTLE_SECONDS = 60.0
-"""How long a receipt is kept while Postgres is away. It counts after the lease, too, if no other relay was faster."""
 HAND_BACK_SECONDS = 2.0
 """How long a relay that stops tries to hand back what it could not send; what it can't is claimed after its lease."""
 
@@ -133,10 +133,12 @@ class Relay:
     looked_at_held: dict[str, float] = field(default_factory=dict)
     keyring: Keyring = field(init=False)
     trials: Trials = field(init=False)
+    receipts: Receipts = field(init=False)
 
     def __post_init__(self) -> None:
         self.keyring = Keyring(self.db, self.settings)
         self.trials = Trials(self.settings, self.db, self.sender, self.keyring)
+        self.receipts = Receipts(self.db)
 
     async def publish_due(self, queue: str) -> int:
         """Push waiting rows that have no message and are due; as many as the queue has room for.
@@ -409,7 +411,7 @@ class Relay:
         if delivery.is_spent(claimed.attempt, claimed.scheduled_attempt, schedule, age_seconds=age):
             self.circuits.ended(claimed.receiver, None, time.monotonic())
             log.error("webhook %s is ended unsent: relays have died of it, as it seems", claimed.id)
-            await self._settle(claimed, delivery.UNSENT, delivery.ENDED_UNSENT, age)
+            await self.receipts.settle(Settling(claimed, delivery.UNSENT, delivery.ENDED_UNSENT), age_seconds=age)
             return
         outcome = None
         spans = tracing.Webhook(claimed.traceparent, webhook_id=claimed.id, attempt=claimed.attempt, url=claimed.url)
@@ -436,22 +438,8 @@ class Relay:
             error = None if receipt.outcome is Outcome.SUCCESS else str(receipt.outcome)
             spans.end(status_code=receipt.status_code, error_type=error, event=claimed.event, facts=claimed.facts)
         metrics.webhook_attempted(receipt.outcome.value, receipt.duration_seconds)
-        await self._settle(claimed, receipt, verdict, age + time.monotonic() - began)
-
-    async def _settle(
-        self, claimed: delivery.Claimed, receipt: Receipt, verdict: delivery.Verdict, age_seconds: float
-    ) -> None:
-        # If Postgres stays away for longer, the receiver hears of it again, under the same id.
-        settled = False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_SECONDS):
-                settled = await db.insist(
-                    lambda: delivery.settle(self.db, claimed, receipt, verdict), what="a webhook's receipt"
-                )
-        if settled and verdict.status is DeliveryStatus.DELIVERED:
-            metrics.webhooks_ended("delivered", 1, age_seconds)
-        elif settled and verdict.status is DeliveryStatus.EXHAUSTED:
-            metrics.webhooks_ended("exhausted", 1, None)
+        settling = Settling(claimed, receipt, verdict)
+        await self.receipts.settle(settling, age_seconds=age + time.monotonic() - began)
 
     async def watch_connection(self) -> None:
         """Know since when Postgres answers, without a gap that this relay noticed."""

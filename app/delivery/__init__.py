@@ -27,11 +27,13 @@ from app.delivery.outbox import (
     Claimed,
     Due,
     Receiver,
+    Settling,
     claim_by_receiver,
     claim_due,
     give_up,
     release,
     settle,
+    settle_batch,
 )
 from app.delivery.reads import Attempt, State, attempts, state_of
 from app.delivery.redelivery import Batch, Mark, Redelivery, redeliver, redeliver_batch
@@ -104,6 +106,7 @@ __all__ = [
     "Redelivery",
     "Sealed",
     "Secret",
+    "Settling",
     "State",
     "Told",
     "Trial",
@@ -141,6 +144,7 @@ __all__ = [
     "secrets",
     "secrets_under",
     "settle",
+    "settle_batch",
     "state_of",
     "tells",
     "told_columns",

@@ -218,22 +218,36 @@ def _claimed(row: Record) -> Claimed:
     return Claimed(receiver=Receiver(columns.pop("known_by"), columns.pop("origin")), **columns)
 
 
+class Settling(NamedTuple):
+    """What is to be written of one attempt."""
+
+    claimed: Claimed
+    receipt: Receipt
+    verdict: Verdict
+
+
 # The attempt is written by the statement that settles it: none is kept that did not count, none counts unseen.
 # One that spends nothing is given back, as if it had not been claimed.
 _SETTLE = """
-WITH settled AS (
-    UPDATE webhook_delivery
-       SET status = $3, lease_until = NULL, token = NULL,
-           next_at = CASE WHEN $3 = 'pending' THEN now() + make_interval(secs => $4) ELSE next_at END,
-           delivered_at = CASE WHEN $3 = 'delivered' THEN now() END,
-           last_status_code = $5, last_error = $6, attempt = attempt - (NOT $10)::int
-     WHERE id = $1 AND token = $2 AND lease_until IS NOT NULL
-    RETURNING id, attempt
+WITH mine AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::float8[], $5::int[], $6::text[], $7::timestamptz[],
+                         $8::float8[], $9::text[], $10::bool[])
+        AS m (id, token, status, wait_seconds, status_code, error, started_at, duration_seconds, excerpt, spends)
+), settled AS (
+    UPDATE webhook_delivery d
+       SET status = m.status, lease_until = NULL, token = NULL,
+           next_at = CASE WHEN m.status = 'pending' THEN now() + make_interval(secs => m.wait_seconds)
+                          ELSE d.next_at END,
+           delivered_at = CASE WHEN m.status = 'delivered' THEN now() END,
+           last_status_code = m.status_code, last_error = m.error, attempt = d.attempt - (NOT m.spends)::int
+      FROM mine m
+     WHERE d.id = m.id AND d.token = m.token AND d.lease_until IS NOT NULL
+    RETURNING d.id, d.attempt, m.started_at, m.duration_seconds, m.status_code, m.error, m.excerpt, m.spends
 ), kept AS (
     INSERT INTO webhook_attempt (delivery_id, number, started_at, duration_seconds, status_code, error, excerpt)
-    SELECT id, attempt, $7, $8, $5, $6, $9 FROM settled WHERE $10
+    SELECT id, attempt, started_at, duration_seconds, status_code, error, excerpt FROM settled WHERE spends
 )
-SELECT true FROM settled
+SELECT id FROM settled
 """
 
 
@@ -243,21 +257,33 @@ async def settle(db: Database, claimed: Claimed, receipt: Receipt, verdict: Verd
     Returns:
         False if it was superseded: its lease ran out and another relay has it or had it.
     """
-    error = None if receipt.outcome is Outcome.SUCCESS else receipt.outcome.value
-    settled = await db.fetchval(
+    [settled] = await settle_batch(db, [Settling(claimed, receipt, verdict)])
+    return settled
+
+
+async def settle_batch(db: Database, some: Sequence[Settling]) -> list[bool]:
+    """As `settle`, for several deliveries at once: all of them or, if one can't be stored, none.
+
+    Returns:
+        For each, in their order, whether it was still this relay's.
+    """
+    # Rows are locked in the order of their ids, so that no two statements wait for each other in a circle.
+    in_order = sorted(some, key=lambda one: one.claimed.id)
+    rows = await db.fetch(
         _SETTLE,
-        claimed.id,
-        claimed.token,
-        verdict.status.value,
-        verdict.wait_seconds,
-        receipt.status_code,
-        error,
-        claimed.claimed_at,
-        receipt.duration_seconds,
-        kept_excerpt(receipt.excerpt),
-        verdict.spends,
+        [one.claimed.id for one in in_order],
+        [one.claimed.token for one in in_order],
+        [one.verdict.status.value for one in in_order],
+        [one.verdict.wait_seconds for one in in_order],
+        [one.receipt.status_code for one in in_order],
+        [None if one.receipt.outcome is Outcome.SUCCESS else one.receipt.outcome.value for one in in_order],
+        [one.claimed.claimed_at for one in in_order],
+        [one.receipt.duration_seconds for one in in_order],
+        [kept_excerpt(one.receipt.excerpt) for one in in_order],
+        [one.verdict.spends for one in in_order],
     )
-    return settled is not None
+    settled = {row["id"] for row in rows}
+    return [one.claimed.id in settled for one in some]
 
 
 def kept_excerpt(excerpt: str) -> str:

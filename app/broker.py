@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
@@ -46,6 +46,10 @@ META_KEY = "celery-task-meta-"
 """What Celery puts before a task's id: the key of its result, and the channel where its end is told."""
 LOG_CHANNEL = "taskqueue-log-"
 """What stands before a task's id in the channel where the lines that it logs are told (see `loglines`)."""
+WEBHOOK_CHANNEL = "taskqueue-webhooks"
+"""Where relays are told that there are webhooks to send; what is told says no more than that."""
+TELL_SECONDS = 0.005
+"""How often one process tells them at most: whatever was written in the meantime is told of once."""
 ALIVE_CHANNEL = "taskqueue-api"
 """Where nothing is ever told: a subscription that is always there."""
 SILENCE_SECONDS = 10.0
@@ -241,6 +245,8 @@ class Broker:
             protocol=2,
         )
         self._redis = redis.asyncio.Redis(connection_pool=pool)
+        self._has_webhooks = False
+        self._telling: asyncio.Task[None] | None = None
 
     async def publish(self, queue: str, messages: Sequence[Message], *, at_tail: bool = False) -> int:
         """Push messages with one command, so that the first of them is consumed first.
@@ -305,6 +311,44 @@ class Broker:
         async with _translated():
             await self._redis.publish(f"{LOG_CHANNEL}{task_id}", told)
 
+    def tell_of_webhooks(self) -> None:
+        """Tell relays soon that webhooks were written which are due now. Never waits, never fails.
+
+        It is told after the call, so a relay that looks then sees what was committed before it; and once every
+        `TELL_SECONDS` at most, however many there are.
+        """
+        self._has_webhooks = True
+        if self._telling is None:
+            self._telling = asyncio.create_task(self._tell_of_webhooks())
+
+    async def _tell_of_webhooks(self) -> None:
+        try:
+            while self._has_webhooks:
+                self._has_webhooks = False
+                with contextlib.suppress(errors.BrokerUnavailable):
+                    async with _translated():
+                        await self._redis.publish(WEBHOOK_CHANNEL, b"")
+                await asyncio.sleep(TELL_SECONDS)
+        finally:
+            self._telling = None
+
+    async def hear_of_webhooks(self, told: Callable[[], None]) -> NoReturn:
+        """Hear of webhooks that are due (`tell_of_webhooks`), over one connection, for as long as Redis answers.
+
+        Args:
+            told: called for each time that it is told, and once when it can be heard from now on: what was told just
+                before was not.
+
+        Raises:
+            BrokerUnavailable: as `publish`.
+        """
+        async with _translated(), self._connection() as line, contextlib.aclosing(_read(line)) as messages:
+            await line.send_command("SUBSCRIBE", WEBHOOK_CHANNEL)
+            async for message in messages:
+                if message and message[0] in {b"message", b"subscribe"}:
+                    told()
+        raise AssertionError  # pragma: no cover - it goes on until it raises
+
     async def hear(
         self,
         ends: AbstractSet[UUID],
@@ -331,22 +375,15 @@ class Broker:
         """
         # Not redis-py's PubSub: whoever reads from its connection and whoever writes to it would both make another
         # where it is lost, and one of the two would never be closed.
-        async with _translated(), self._connection() as line:
+        async with _translated(), self._connection() as line, contextlib.aclosing(_read(line)) as messages:
             await line.send_command("SUBSCRIBE", ALIVE_CHANNEL)
             changed.set()
             subscribing = asyncio.create_task(_keep_subscribed(line, {META_KEY: ends, LOG_CHANNEL: logs}, changed))
             try:
-                asked = False
-                while True:
-                    told = await line.read_response(timeout=SILENCE_SECONDS, disconnect_on_error=False)
+                async for told in messages:
                     if subscribing.done():
                         subscribing.result()
-                    if told is None and asked:
-                        raise errors.BrokerUnavailable("Redis is silent")
-                    asked = told is None
-                    if told is None:
-                        await _send(line, "PING")
-                    elif told[0] in {b"message", b"subscribe"}:
+                    if told and told[0] in {b"message", b"subscribe"}:
                         channel = told[1].decode()
                         if channel.startswith(META_KEY):
                             ended(UUID(channel.removeprefix(META_KEY)))
@@ -354,6 +391,7 @@ class Broker:
                             logged(UUID(channel.removeprefix(LOG_CHANNEL)), told[2])
             finally:
                 await stop(subscribing)
+        raise AssertionError  # pragma: no cover - it goes on until it raises
 
     @contextlib.asynccontextmanager
     async def _connection(self) -> AsyncIterator[redis.asyncio.Connection]:
@@ -385,8 +423,27 @@ class Broker:
 
     async def close(self) -> None:
         """Close every connection."""
+        if self._telling is not None:
+            await stop(self._telling)
         with contextlib.suppress(redis.exceptions.RedisError, OSError):
             await self._redis.aclose(close_connection_pool=True)
+
+
+async def _read(line: redis.asyncio.Connection) -> AsyncGenerator[Sequence[Any], None]:
+    """What comes over a connection that subscribes: nothing after each silence, in which Redis is asked for an answer.
+
+    Raises:
+        BrokerUnavailable: if it gives none.
+    """
+    asked = False
+    while True:
+        told = await line.read_response(timeout=SILENCE_SECONDS, disconnect_on_error=False)
+        if told is None and asked:
+            raise errors.BrokerUnavailable("Redis is silent")
+        asked = told is None
+        if told is None:
+            await _send(line, "PING")
+        yield told or ()
 
 
 async def _keep_subscribed(

@@ -204,7 +204,8 @@ async def let_go(database: db.Database, broker: Broker, queue: str, key: str) ->
 async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
     """Tell of a task's end, which this process has just written: count it, and put a copy where `AsyncResult` looks.
 
-    Best effort: the row answers if this fails.
+    Relays are told at once if it has a webhook. All of it is best effort: the row answers if this fails, and relays
+    look anyway.
 
     Returns:
         Whether Redis took it.
@@ -215,6 +216,8 @@ async def announce_end(broker: Broker, ended: lifecycle.Ended) -> bool:
 async def announce_ends(broker: Broker, ended: Sequence[lifecycle.Ended]) -> bool:
     """As `announce_end`, for several."""
     tally.count_ends(ended)
+    if any(one.is_told for one in ended):
+        broker.tell_of_webhooks()
     try:
         for first in range(0, len(ended), ENDS_AT_ONCE):
             await broker.put_results({one.task_id: meta_of(one) for one in ended[first : first + ENDS_AT_ONCE]})

@@ -54,6 +54,12 @@ LET_GO_REST_SECONDS = 2.0
 """How long it rests at most after a sweep that took long: one that has waited for Redis or a lock has done no work."""
 TURN_SECONDS = 2.0
 """How long after its message was pushed a held task that does not wait any more keeps its room."""
+LOOK_SECONDS = 0.005
+"""The least time from one look for due webhooks to the next, however often relays are told that there are some."""
+LOCKED_SECONDS = 0.02
+"""How long after relays were told of a webhook they look once more: as they did, its row may have been locked by who
+gives events their numbers, and a claim waits for no lock."""
+HEAR_AGAIN_SECONDS = 1.0
 BATCH = 500
 LOST_BATCH = 10_000
 """How many lost messages are found at once; that many rows take Postgres about a second."""
@@ -124,6 +130,9 @@ class Relay:
     sending: dict[asyncio.Task[None], Sending] = field(default_factory=dict)
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    told_at: float = -math.inf
+    looked_at: float = -math.inf
     circuits: Circuits = field(default_factory=Circuits)
     walked_to: delivery.Receiver = delivery.BEGINNING
     strays: set[str] = field(default_factory=set)
@@ -342,6 +351,28 @@ class Relay:
         quick = sum(now - one.since < SLOW_SECONDS for one in self.sending.values())
         return min(DELIVERIES_AT_ONCE - quick, DELIVERIES_AT_MOST - len(self.sending))
 
+    async def hear(self) -> None:
+        """Look for webhooks as soon as whoever has written some says so, for as long as Redis answers.
+
+        What is not heard is found by the next look, so this is silent: others say that Redis is away.
+        """
+        with contextlib.suppress(errors.BrokerUnavailable):
+            await self.broker.hear_of_webhooks(self._hear)
+
+    def _hear(self) -> None:
+        self.told_at = asyncio.get_running_loop().time()
+        self.told.set()
+        self.arrived.set()
+
+    async def next_look(self) -> None:
+        """Return when it is time to look for webhooks again; what is told from now on is a reason for one more."""
+        now = asyncio.get_running_loop().time()
+        if (early := self.looked_at + LOOK_SECONDS - now) > 0:
+            await asyncio.sleep(early)
+        self.looked_at = max(now, self.looked_at + LOOK_SECONDS)
+        self.arrived.clear()
+        self.told.clear()
+
     def _sent(self, task: asyncio.Task[None]) -> None:
         del self.sending[task]
         self.arrived.set()
@@ -471,7 +502,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     database = Database(settings.postgres_dsn, max_connections=8, application_name="taskqueue-relay")
-    broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-relay", max_connections=8)
+    broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-relay", max_connections=9)
     async with Sender.from_settings(settings) as sender:
         relay = Relay(settings, database, broker, sender)
         loops = [asyncio.create_task(one) for one in _loops(relay)]
@@ -496,7 +527,8 @@ def _loops(relay: Relay) -> list[Coroutine[Any, Any, None]]:
     share = EXPORT_SHARE_OF_TIME
     loops = [
         every(NOTE_SECONDS, _measured("beat", partial(_beat, relay)), "the relay"),
-        every(TICK_SECONDS, _measured("deliver", partial(_deliver, relay)), "delivering webhooks"),
+        every(TICK_SECONDS, _measured("deliver", partial(_deliver, relay)), "delivering webhooks", at_once=relay.told),
+        every(HEAR_AGAIN_SECONDS, relay.hear, "hearing of webhooks"),
         every(TICK_SECONDS, _measured("number_events", partial(_all, relay.number_events)), "numbering events"),
         every(TICK_SECONDS, _measured("fire", partial(_fire, scheduler)), "firing schedules"),
         every(TICK_SECONDS, _measured("jobs", relay.work_on_jobs), "acting on many tasks"),
@@ -583,15 +615,22 @@ async def _forget(relay: Relay) -> None:
 
 async def _deliver(relay: Relay) -> None:
     while True:
-        relay.arrived.clear()
+        await relay.next_look()
         begun = await relay.deliver()
         if begun == 0 and relay.walked_to == delivery.BEGINNING:
-            return
+            if relay.looked_at >= relay.told_at + LOCKED_SECONDS:
+                return
+            await _within(LOCKED_SECONDS, relay.told)
+            continue
         # What has arrived makes room at once; what never does is waited for by nobody for whom there is room.
         if relay.walked_to == delivery.BEGINNING or relay.room(time.monotonic()) <= 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_SECONDS):
-                    await relay.arrived.wait()
+            await _within(TICK_SECONDS, relay.arrived)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 async def _give_up(relay: Relay) -> None:

@@ -18,7 +18,7 @@ are no part of the outbox: nothing has happened that they would tell.
 """
 
 from app.delivery.census import count_due, oldest_due_seconds
-from app.delivery.events import INLINE_BYTES, Told, body, intend, tells, told_columns
+from app.delivery.events import INLINE_BYTES, Told, body, intend, is_told, tells, told_columns
 from app.delivery.feed import Event, events, number
 from app.delivery.outbox import (
     BEGINNING,
@@ -128,6 +128,7 @@ __all__ = [
     "hear_trial",
     "intend",
     "is_spent",
+    "is_told",
     "marks",
     "number",
     "oldest_due_seconds",

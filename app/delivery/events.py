@@ -83,6 +83,17 @@ def intend(source: str, of: Collection[TaskStatus] = TERMINAL) -> str:
     """
 
 
+def is_told(status: TaskStatus, url: str | None, chosen: Collection[str] | None) -> bool:
+    """Whether a statement that has given a task this status wrote a delivery: `_wanted`, of a row that was read.
+
+    Args:
+        status: that it has now.
+        url: `webhook_url`.
+        chosen: `webhook_events`.
+    """
+    return url is not None and _EVENT_OF.get(status) in (ENDS if chosen is None else chosen)
+
+
 def origin_of(url: str) -> str:
     """SQL for scheme, host and port of a URL that was admitted, and is in its normal form."""
     return f"substring({url} FROM '^[a-z]+://[^/?#]+')"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from uuid import UUID
 
+from app import delivery
 from app.core.statuses import TaskStatus
 from app.core.tracing import Attempt
 from app.db import Record
@@ -162,6 +163,7 @@ class Ended:
         name: of the task. This and what follows are for the metrics, and known to whoever ends a task.
         queue: where it waited.
         seconds: from its submit to its end.
+        is_told: whether somebody is to hear of it by webhook. Known to whoever ends a task.
     """
 
     task_id: UUID
@@ -171,6 +173,7 @@ class Ended:
     name: str = field(default="", compare=False)
     queue: str = field(default="", compare=False)
     seconds: float = field(default=0.0, compare=False)
+    is_told: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,14 +257,16 @@ def ended_of(row: Record) -> Ended:
     if row["error_type"] is not None and row["status"] != "SUCCESS":
         error = Error(type=row["error_type"], message=row["error_message"] or "", traceback=row["error_traceback"])
     created, finished = row.get("created_at"), row.get("finished_at")
+    status = TaskStatus(row["status"])
     return Ended(
         task_id=row["id"],
-        status=TaskStatus(row["status"]),
+        status=status,
         result=row["result"],
         error=error,
         name=row.get("name", ""),
         queue=row.get("queue", ""),
         seconds=(finished - created).total_seconds() if created and finished else 0.0,
+        is_told=delivery.is_told(status, row.get("webhook_url"), row.get("webhook_events")),
     )
 
 

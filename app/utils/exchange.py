@@ -4,9 +4,10 @@ import asyncio
 import contextlib
 import errno
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 import httpcore
 import httpx
@@ -55,6 +56,17 @@ def excerpt(raw: bytes, limit_bytes: int) -> str:
     return readable(raw[:limit_bytes]).encode()[:limit_bytes].decode("utf-8", "ignore")
 
 
+class Reply(Protocol):
+    """An answer that has begun. An `httpx.Response` that streams is one."""
+
+    @property
+    def status_code(self) -> int: ...  # noqa: D102  # as HTTP has it
+    @property
+    def headers(self) -> httpx.Headers: ...  # noqa: D102  # as above
+    def aiter_raw(self) -> AsyncIterator[bytes]: ...  # noqa: D102  # as above
+    async def aclose(self) -> None: ...  # noqa: D102  # as above
+
+
 @dataclass(slots=True)
 class Answer:
     """What has come of an answer so far, so that a deadline in its middle does not lose its status."""
@@ -65,23 +77,22 @@ class Answer:
     body: bytearray = field(default_factory=bytearray)
     truncated: bool = False
 
-    async def receive(
-        self, client: httpx.AsyncClient, request: httpx.Request, *, wanted: Callable[[int], bool]
-    ) -> None:
-        """Send, and read the answer: its body only if its status is wanted, and not beyond the limit."""
-        response = await client.send(request, stream=True)
+    async def receive(self, answered: Awaitable[Reply], *, wanted: Callable[[int], bool]) -> None:
+        """Read an answer: headers and body only if its status is wanted, and not beyond the limit."""
+        reply = await answered
         try:
-            self.status_code, self.headers = response.status_code, response.headers
-            if wanted(response.status_code):
-                await self._read(response)
+            self.status_code = reply.status_code
+            if wanted(reply.status_code):
+                self.headers = reply.headers
+                await self._read(reply)
             else:
-                await _drain(response)
+                await _drain(reply)
         finally:
-            await response.aclose()
+            await reply.aclose()
 
-    async def _read(self, response: httpx.Response) -> None:
+    async def _read(self, reply: Reply) -> None:
         # Raw: what is compressed unasked stays so, and can't grow in our memory.
-        async for chunk in response.aiter_raw():
+        async for chunk in reply.aiter_raw():
             room = self.limit_bytes - len(self.body)
             self.body += chunk[:room]
             if len(chunk) > room:
@@ -89,12 +100,12 @@ class Answer:
                 return
 
 
-async def _drain(response: httpx.Response) -> None:
+async def _drain(reply: Reply) -> None:
     """Take what is left of a short answer, so that its connection may carry another request."""
     left = DRAINED_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
-            async for chunk in response.aiter_raw():
+            async for chunk in reply.aiter_raw():
                 left -= len(chunk)
                 if left < 0:
                     return

@@ -124,20 +124,54 @@ class _Idle:
         await asyncio.gather(*self._closing, return_exceptions=True)
 
 
-class _Body(httpx.AsyncByteStream):
-    """The body of an answer; when it is closed, its connection is free."""
+class Reply:
+    """An answer whose body is still to be read. When it is closed, which is done once, its connection is free."""
 
-    def __init__(self, stream: Any, freed: Callable[[], None]) -> None:
-        self._stream = stream
+    def __init__(self, answer: httpcore.Response, freed: Callable[[], None]) -> None:
+        self._answer = answer
         self._freed = freed
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    @property
+    def status_code(self) -> int:
+        """Any that HTTP can carry."""
+        return self._answer.status
+
+    @property
+    def headers(self) -> httpx.Headers:
+        """As they came."""
+        return httpx.Headers(self._answer.headers)
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """What httpcore says besides."""
+        return dict(self._answer.extensions)
+
+    async def aiter_raw(self) -> AsyncIterator[bytes]:
+        """The body, as it comes."""
         async for part in self._stream:
             yield part
 
     async def aclose(self) -> None:
+        """Read no more of it."""
         await self._stream.aclose()
         self._freed()
+
+    @property
+    def _stream(self) -> Any:
+        return self._answer.stream
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of an answer, for httpx."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._reply.aiter_raw()
+
+    async def aclose(self) -> None:
+        await self._reply.aclose()
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
@@ -165,7 +199,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             raise RuntimeError("httpcore does not use the guarded network backend")
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send it, on a connection that is there or on a new one, and return as soon as there is a status."""
+        """As `send`, for httpx."""
         url = request.url
         sent = httpcore.Request(
             method=request.method,
@@ -174,7 +208,20 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             content=request.stream,
             extensions=request.extensions,
         )
-        key = _Key(str(request.extensions.get(OWNER, "")), url.raw_scheme, url.raw_host, url.port)
+        reply = await self.send(sent, owner=str(request.extensions.get(OWNER, "")))
+        return httpx.Response(
+            status_code=reply.status_code, headers=reply.headers, stream=_Body(reply), extensions=reply.extensions
+        )
+
+    async def send(self, sent: httpcore.Request, *, owner: str = "") -> Reply:
+        """Send it, on a connection that is there or on a new one, and return as soon as there is a status.
+
+        Args:
+            sent: the request, as it is to be: nothing is added to it.
+            owner: on whose behalf.
+        """
+        url = sent.url
+        key = _Key(owner, url.scheme, url.host, url.port)
         kept = self._idle.take(key)
         if kept is not None:
             try:
@@ -184,26 +231,21 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         if self._closed:
             raise httpcore.ConnectError("the client is closed")
         until = asyncio.get_running_loop().time() + self._keep_seconds
-        return await self._exchange(_Connection(key, self._connection_to(sent.url.origin), until), sent)
+        return await self._exchange(_Connection(key, self._connection_to(url.origin), until), sent)
 
     def _connection_to(self, origin: httpcore.Origin) -> httpcore.AsyncHTTPConnection:
         return httpcore.AsyncHTTPConnection(
             origin, ssl_context=self._ssl_context, http1=True, http2=False, retries=0, network_backend=self._backend
         )
 
-    async def _exchange(self, connection: _Connection, sent: httpcore.Request) -> httpx.Response:
+    async def _exchange(self, connection: _Connection, sent: httpcore.Request) -> Reply:
         self._in_use.add(connection)
         try:
             answer = await connection.http.handle_async_request(sent)
         except BaseException:
             self._in_use.discard(connection)
             raise
-        return httpx.Response(
-            status_code=answer.status,
-            headers=answer.headers,
-            stream=_Body(answer.stream, lambda: self._free(connection)),
-            extensions=answer.extensions,
-        )
+        return Reply(answer, lambda: self._free(connection))
 
     def _free(self, connection: _Connection) -> None:
         self._in_use.discard(connection)
@@ -232,6 +274,19 @@ def _trusted() -> ssl.SSLContext:
     return context
 
 
+def transport(
+    rules: guard.EgressRules,
+    *,
+    resolver: pinned.Resolver | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    network: httpcore.AsyncNetworkBackend | None = None,
+    keep_seconds: float = 0.0,
+) -> GuardedTransport:
+    """What `client` sends with, for who makes whole requests. It has no deadline but those that they name."""
+    backend = pinned.PinnedBackend(rules, resolver or pinned.Resolver(), network)
+    return GuardedTransport(backend, ssl_context or _trusted(), keep_seconds)
+
+
 def client(
     rules: guard.EgressRules,
     *,
@@ -253,9 +308,10 @@ def client(
         network: opens the connections; asyncio's unless given.
         keep_seconds: how old a connection may be that is used again, as `GuardedTransport` says.
     """
-    backend = pinned.PinnedBackend(rules, resolver or pinned.Resolver(), network)
     return httpx.AsyncClient(
-        transport=GuardedTransport(backend, ssl_context or _trusted(), keep_seconds),
+        transport=transport(
+            rules, resolver=resolver, ssl_context=ssl_context, network=network, keep_seconds=keep_seconds
+        ),
         headers={"accept-encoding": "identity", "connection": "keep-alive" if keep_seconds else "close"},
         cookies=_NoCookies(),
         timeout=httpx.Timeout(None, connect=pinned.CONNECT_SECONDS),

@@ -8,6 +8,8 @@ check keep the name.
 """
 
 import asyncio
+import contextlib
+import select
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +23,8 @@ from app.utils import guard
 
 CONNECT_SECONDS = 5.0
 """Seconds for a TCP connection, and as many for the TLS handshake after it."""
+HELD_BACK_BYTES = 64 * 1024
+"""A request that is no larger is sent in one piece."""
 RESOLVE_SECONDS = 5.0
 RESOLVE_THREADS = 64
 """Look-ups at once. A thread that waits costs some kilobytes, and one whose name servers are dead waits for 10 s and
@@ -252,20 +256,36 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """A connection that is closed when its TLS handshake does not end well.
+    """A connection that sends a request in one piece, and is closed when its TLS handshake does not end well.
 
-    httpcore closes it after an error, but not when the handshake is cancelled, as
+    httpcore writes the head of a request and then its body, each of which would be a
+    system call and a packet of its own, and reads as soon as it has written all of it.
+    So what is small is held back until then.
+
+    It closes a connection after an error, but not when the handshake is cancelled, as
     by a deadline: the loop would keep the socket for as long as the peer stalls.
     """
 
     def __init__(self, inner: httpcore.AsyncNetworkStream) -> None:
         self._inner = inner
+        self._unsent = b""
+        self._socket: Any = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        if self._unsent:
+            # As httpcore does with an error of its own writes: who hangs up before it has heard all may have answered.
+            with contextlib.suppress(httpcore.WriteError):
+                await self._flush(timeout)
         return await self._inner.read(max_bytes, timeout)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        await self._inner.write(buffer, timeout)
+        self._unsent += buffer
+        if len(self._unsent) > HELD_BACK_BYTES:
+            await self._flush(timeout)
+
+    async def _flush(self, timeout: float | None) -> None:  # noqa: ASYNC109
+        unsent, self._unsent = self._unsent, b""
+        await self._inner.write(unsent, timeout)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -277,13 +297,27 @@ class _Stream(httpcore.AsyncNetworkStream):
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
         try:
-            return await self._inner.start_tls(ssl_context, server_hostname, timeout)
+            return _Stream(await self._inner.start_tls(ssl_context, server_hostname, timeout))
         except BaseException:
             await self._inner.aclose()
             raise
 
     def get_extra_info(self, info: str) -> Any:
-        return self._inner.get_extra_info(info)
+        if info != "is_readable":
+            return self._inner.get_extra_info(info)
+        # Asked before each request on a connection that is kept: to find the socket costs more than to look at it.
+        if self._socket is None:
+            self._socket = self._inner.get_extra_info("socket")
+        return _is_readable(self._socket)
+
+
+def _is_readable(one: Any) -> bool:
+    """Whether a socket has something to read, as its end; also if it is closed."""
+    if one is None or one.fileno() < 0:
+        return True
+    polled = select.poll()
+    polled.register(one.fileno(), select.POLLIN)
+    return bool(polled.poll(0))
 
 
 async def _verified(stream: httpcore.AsyncNetworkStream, address: guard.IPAddress) -> httpcore.AsyncNetworkStream:

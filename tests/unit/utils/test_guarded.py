@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpcore
@@ -180,6 +180,35 @@ async def test_what_was_said_before_it_was_asked_is_no_answer() -> None:
         await turns()
         assert await get(made, url) == "ok"
     assert talker.requests == [1, 2]
+
+
+async def test_what_was_said_later_before_it_was_asked_is_no_answer_either() -> None:
+    asked, said = asyncio.Event(), asyncio.Event()
+    connections = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK)
+        if connections == 1:
+            await asked.wait()
+            writer.write(OK.replace(b"ok", b"no"))
+            await writer.drain()
+            said.set()
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    async with client() as made:
+        assert await get(made, url) == "ok"
+        asked.set()
+        await said.wait()
+        assert await get(made, url) == "ok"
+    assert connections == 2
+    server.close()
 
 
 async def test_an_answer_that_was_not_read_to_its_end_closes_the_connection() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from ipaddress import ip_address
@@ -20,6 +21,24 @@ class Stream(httpcore.AsyncNetworkStream):
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.closed = False
+        self.heard: list[bytes] = []
+        self.deaf = False
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109, ARG002
+        return b"answer"[:max_bytes]
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109, ARG002
+        if self.deaf:
+            raise httpcore.WriteError
+        self.heard.append(buffer)
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,  # noqa: ARG002
+        server_hostname: str | None = None,  # noqa: ARG002
+        timeout: float | None = None,  # noqa: ASYNC109, ARG002
+    ) -> httpcore.AsyncNetworkStream:
+        return self
 
     async def aclose(self) -> None:
         self.closed = True
@@ -178,6 +197,39 @@ async def test_a_connection_that_leads_elsewhere_is_closed(backend: Connect) -> 
     with pytest.raises(pinned.Blocked, match="judged"):
         await backend(Names(answers=[["1.1.1.1"]]), network).connect_tcp("hooks.example", 443)
     assert [stream.closed for stream in network.streams] == [True]
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_a_request_is_sent_in_one_piece_before_its_answer_is_read(backend: Connect, *, tls: bool) -> None:
+    network = Network()
+    stream = await backend(Names(answers=[["1.1.1.1"]]), network).connect_tcp("hooks.example", 443)
+    if tls:
+        stream = await stream.start_tls(ssl.create_default_context())
+    [wire] = network.streams
+    for number in range(1, 3):
+        await stream.write(b"head")
+        await stream.write(b"body")
+        assert len(wire.heard) == number - 1
+        assert await stream.read(100) == b"answer"
+        assert await stream.read(100) == b"answer"
+        assert wire.heard == [b"headbody"] * number
+
+
+async def test_what_is_large_is_not_held_back(backend: Connect) -> None:
+    network = Network()
+    stream = await backend(Names(answers=[["1.1.1.1"]]), network).connect_tcp("hooks.example", 443)
+    large = b"x" * pinned.HELD_BACK_BYTES
+    await stream.write(b"head")
+    await stream.write(large)
+    assert network.streams[0].heard == [b"head" + large]
+
+
+async def test_who_does_not_hear_the_end_of_a_request_may_have_answered_it(backend: Connect) -> None:
+    network = Network()
+    stream = await backend(Names(answers=[["1.1.1.1"]]), network).connect_tcp("hooks.example", 443)
+    network.streams[0].deaf = True
+    await stream.write(b"head")
+    assert await stream.read(100) == b"answer"
 
 
 async def test_unix_sockets_are_refused(backend: Connect) -> None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from app import delivery
@@ -12,7 +13,7 @@ from app.core import errors
 from app.core.config import Settings
 from app.core.statuses import DeliveryStatus
 from app.delivery import Settling
-from app.receipts import Receipts
+from app.receipts import LANES, Receipts
 from app.utils.webhook import Outcome, Receipt
 from tests.integration.test_delivery import BROKEN, DELIVERED, EXHAUSTED, OK, ended
 from tests.support.database import Counting, counting
@@ -48,7 +49,7 @@ async def test_receipts_that_come_together_share_a_statement_and_each_has_its_ow
     held = await claimed(db, 40)
     some = [Settling(one, *ways[number % len(ways)]) for number, one in enumerate(held)]
     assert await settled(Receipts(db), some) == [None] * 40
-    assert db.asked == 2  # The first was alone; the others came while it was written.
+    assert db.asked == LANES + 1  # The first had their lanes alone; the others came while they were written.
     rows = {
         row["id"]: tuple(row)[1:]
         for row in await db.fetch(
@@ -74,6 +75,23 @@ async def test_one_that_is_not_this_relays_any_more_says_so_and_keeps_no_other_b
     assert found == [number != 4 for number in range(10)]
     states = {row["id"]: row["status"] for row in await db.fetch("SELECT id, status FROM webhook_delivery")}
     assert [states[one.id] for one in held] == ["delivering" if n == 4 else "delivered" for n in range(10)]
+
+
+async def test_a_row_that_somebody_has_locked_holds_up_no_other(db: Counting, postgres_url: str) -> None:
+    held = await claimed(db, 10)
+    other = await asyncpg.connect(postgres_url)
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        async with other.transaction():
+            await other.fetch("SELECT FROM webhook_delivery WHERE id = $1 FOR UPDATE", held[0].id)
+            receipts = Receipts(db)
+            stuck, *free = [
+                asyncio.create_task(receipts.settle(Settling(one, OK, DELIVERED), age_seconds=0.0)) for one in held
+            ]
+            await asyncio.gather(*free)
+            assert not stuck.done()
+        await stuck
+    await other.close()
+    assert await db.fetchval("SELECT count(*) FROM webhook_delivery WHERE status = 'delivered'") == 10
 
 
 async def test_one_that_can_t_be_stored_keeps_no_other_out(db: Counting) -> None:

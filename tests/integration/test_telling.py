@@ -9,6 +9,7 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+import redis.asyncio
 
 from app import broker, lifecycle, publisher
 from app import relay as relays
@@ -66,7 +67,7 @@ async def relay(
         deliver = partial(relays._deliver, made)
         loops = [
             asyncio.create_task(repeating.every(NEVER_SECONDS, deliver, "delivering", at_once=made.told)),
-            asyncio.create_task(repeating.every(NEVER_SECONDS, made.hear, "hearing")),
+            asyncio.create_task(repeating.every(relays.HEAR_AGAIN_SECONDS, made.hear, "hearing")),
         ]
         await until(lambda: made.looked_at > made.told_at + relays.LOCKED_SECONDS > 0.0, what="the first looks")
         yield made
@@ -88,6 +89,18 @@ async def test_a_relay_that_is_told_sends_at_once(db: Counting, wire: Broker) ->
         for number in range(1, 4):
             assert await publisher.announce_end(wire, await ended(db, webhook_url=receiver.url))
             await until(lambda: len(receiver.requests) == number, what="the webhook")  # noqa: B023  # asked at once
+
+
+async def test_a_relay_that_redis_has_hung_up_on_hears_again(
+    relay: Relay, db: Counting, wire: Broker, redis_url: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url) as plain:
+        assert await plain.client_kill_filter(_type="pubsub") >= 1
+    before = relay.told_at
+    with Receiver() as receiver:
+        await publisher.announce_end(wire, await ended(db, webhook_url=receiver.url))
+        await until(lambda: receiver.requests, 30, what="the webhook")
+    assert relay.told_at > before
 
 
 async def test_a_row_that_was_locked_at_the_first_look_is_found_by_one_more(

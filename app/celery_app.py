@@ -33,7 +33,7 @@ from kombu.transport import TRANSPORT_ALIASES
 from app import catalog
 from app.core import config, metrics, telemetry
 from app.core.config import Settings
-from app.worker import bridge, execution, memory, submission, transport
+from app.worker import bridge, bundles, execution, memory, submission, transport
 from app.worker.desk import Desk
 
 SOCKET_TIMEOUT_SECONDS = 10
@@ -63,7 +63,8 @@ def configuration(settings: Settings) -> dict[str, Any]:
         "result_serializer": "json",
         "accept_content": ["json"],
         "result_accept_content": ["json"],
-        # A slot takes one message at a time and none waits inside a worker, where nobody could see it.
+        # A slot takes one message of Celery's at a time, so that none waits inside a worker, where nobody could see it.
+        # While tasks are short, that is several of Redis's, for a moment (`worker.bundles`).
         "task_acks_late": True,
         "worker_prefetch_multiplier": 1,
         # A lost worker's task is brought back by its row, within its budget; Celery would repeat it without end.
@@ -299,6 +300,8 @@ def run_worker(settings: Settings) -> None:
     telemetry.configure_logging(settings, "worker")
     _quieten()
     catalog.load_modules(settings)
+    bundles.share()
+    transport.Channel.together = {entry.name for entry in catalog.entries()}
     try:
         _consume(settings)
     finally:
@@ -406,6 +409,7 @@ def _turn_cold(how: str = "", **_: Any) -> None:
     At the end of the grace the worker is gone, whatever holds it.
     """
     _desk().slots.announce_stop()
+    bundles.stop()
     later: list[tuple[float, Callable[..., object], tuple[int, ...]]] = [
         # Where even that does not end it (a child waits for Postgres), its children die with it and the
         # keeper hands back what they ran.

@@ -82,6 +82,7 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
     """A task whose row decides. Declared with `catalog.task`."""
 
     abstract = True
+    Strategy = "app.worker.jobs:strategy"
     entry: ClassVar[Declared | None] = None
     full_jitter: ClassVar[bool] = True
 

@@ -4,20 +4,27 @@ Whoever writes to Redis writes to workers. Stock kombu ends the worker on a JSON
 list, reconnects on an object without properties, and follows whatever a message
 says: callbacks, ETAs, other bodies. Here a message is read, only what it is
 believed for is kept (`broker.decode`), and Celery gets an envelope made anew.
+
+While tasks are short, several messages are taken at once (`worker.bundles`).
 """
 
+import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from queue import Empty
 from typing import Any, ClassVar
 
 from celery.app.amqp import AMQP
 from kombu.connection import Connection
-from kombu.transport import redis
+from kombu.transport import redis, virtual
 
 from app import broker
 from app.core import errors
+from app.worker import bundles
+from app.worker.bundles import Bundle, Pace, Taken
 
 PAUSE_SECONDS = 1.0
 """How long Redis is left alone after it refused to hand out messages."""
@@ -28,18 +35,35 @@ RECONNECT_SECONDS = {"interval_start": 0.5, "interval_step": 0.5, "interval_max"
 log = logging.getLogger(__name__)
 
 
+class Message(virtual.Message):
+    """A bundle, as Celery sees it: a message like its first."""
+
+    def __init__(self, payload: Bundle, channel: Any = None, **options: Any) -> None:
+        super().__init__(payload.envelope(), channel, **options)
+        self.bundle = payload
+
+
 class Channel(redis.Channel):
     """A channel that survives what is not JSON, and a Redis that refuses.
 
     It asks for messages and puts some back, and writes nothing else: a Redis that is full refuses every write.
     """
 
+    Message = Message
     refused = False
     resumes_at = 0.0
+    together: ClassVar[AbstractSet[str]] = frozenset()
+    """The names of tasks whose messages may go to a child together with others."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.pace = Pace()
+        super().__init__(*args, **options)
 
     def pause(self, seconds: float) -> None:
         """Ask for no message for so long, so that others are served first."""
-        self.resumes_at = time.monotonic() + seconds
+        now = time.monotonic()
+        self.resumes_at = now + seconds
+        self.pace.hold(now, bundles.HOLD_SECONDS)
 
     def _brpop_start(self, timeout: float | None = None) -> None:
         if time.monotonic() >= self.resumes_at:
@@ -71,8 +95,78 @@ class Channel(redis.Channel):
             raise Empty
         queue, raw = popped
         self._queue_cycle.rotate(queue.decode())
-        self.connection._deliver(raw, queue.decode())  # noqa: SLF001  # as kombu's own channel does
+        self._take([(queue.decode(), raw), *self._more()])
         return True
+
+    def _more(self) -> Sequence[tuple[str, bytes]]:
+        """What may go along with a message that was popped."""
+        now = time.monotonic()
+        # While the channel closes, a message is put back as it comes.
+        count = 0 if self._closing or not bundles.possible() else self.pace.most(now) - 1
+        if not count:
+            return ()
+        more = list(self._pop(count))
+        if not more:
+            # To ask each time would cost where there is little to do.
+            self.pace.hold(now, bundles.EMPTY_SECONDS)
+        return more
+
+    def _pop(self, count: int) -> Iterable[tuple[str, bytes]]:
+        """So many messages that are there already, as many of each queue and in turns."""
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        shares = [(queue, (count - place + len(queues) - 1) // len(queues)) for place, queue in enumerate(queues)]
+        wanted = [(queue, share) for queue, share in shares if share]
+        found: list[Sequence[bytes]] = []
+        try:
+            for queue, share in wanted:
+                self.client.connection.send_command("RPOP", queue, share)
+            found.extend(self._popped() for _ in wanted)
+        except self.connection_errors:
+            # What was popped is run all the same. The next to be sent finds that the connection is gone.
+            self.client.connection.disconnect()
+        popped = [[(queue, raw) for raw in raws] for (queue, _), raws in zip(wanted, found, strict=False)]
+        for turn in itertools.zip_longest(*popped):
+            for one in turn:
+                if one is not None:
+                    self._queue_cycle.rotate(one[0])
+                    yield one
+
+    def _popped(self) -> Sequence[bytes]:
+        found: Sequence[bytes] | None = None
+        # A key of another type, or a refusal. Asked for as the first, the queue is spoken of.
+        with contextlib.suppress(self.ResponseError):
+            found = self.client.parse_response(self.client.connection, "RPOP")
+        return found or ()
+
+    def _take(self, popped: Iterable[tuple[str, bytes]]) -> None:
+        """Hand on what is a message of ours: as one bundle what may go into one, and the rest alone."""
+        together: list[Taken] = []
+        for queue, raw in popped:
+            try:
+                taken = Taken(queue, raw, broker.decode(raw))
+            except errors.EnvelopeError as unread:
+                # Nothing is lost: if there is a row behind it, the search for lost messages finds that.
+                log.warning("dropped a message on %s: %s", queue, unread)
+                continue
+            if taken.received.name in self.together:
+                together.append(taken)
+            else:
+                self._hand_on([taken])
+        if together:
+            self._hand_on(together)
+
+    def _hand_on(self, messages: Sequence[Taken]) -> None:
+        bundle = Bundle(messages, self.pace, self._put_back)
+        self.connection._deliver(bundle, messages[0].queue)  # noqa: SLF001  # as kombu's own channel does
+
+    def _put_back(self, messages: Sequence[Taken]) -> None:
+        """Put messages back where they were taken from, as they were, the first of them to be taken first."""
+        try:
+            with self.conn_or_acquire() as client:
+                for queue in dict.fromkeys(one.queue for one in messages):
+                    client.rpush(queue, *[one.raw for one in reversed(messages) if one.queue == queue])
+        except (*self.connection_errors, self.ResponseError):
+            log.info("%d messages were not put back; the search for lost messages finds their tasks", len(messages))
 
     def _size(self, queue: str) -> int:
         """Not asked: Celery wants it at its start only, and does nothing with it."""
@@ -83,26 +177,15 @@ class Channel(redis.Channel):
         """Not written: messages are pushed to a queue by its name, and put back so."""
 
     def _restore(self, message: Any, leftmost: bool = False) -> None:
-        """Put back a message that no child took. If Redis is away, kombu would write it to a file and leave it."""
-        try:
-            super()._restore(message, leftmost)
-        except (*self.connection_errors, self.ResponseError):
-            log.info("a message was not put back; its task is found by the search for lost messages")
+        """Put back what no child has begun. Kombu would write all of it anew, and what runs once more."""
+        del leftmost
+        message.bundle.withdraw()
 
 
 class Transport(redis.Transport):
     """Redis, for messages of this service alone."""
 
     Channel = Channel
-
-    def _deliver(self, message: bytes, queue: str) -> None:
-        try:
-            received = broker.decode(message)
-        except errors.EnvelopeError as unread:
-            # Nothing is lost: if there is a row behind it, the search for lost messages finds that.
-            log.warning("dropped a message on %s: %s", queue, unread)
-            return
-        super()._deliver(broker.envelope(received, queue), queue)
 
 
 class EagerConnection(Connection):

@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -222,3 +223,82 @@ async def test_connections_that_were_forgotten_on_their_way_cost_one_timeout_in_
                 await database.ping()
         finally:
             await database.close()
+
+
+async def test_who_waits_for_a_connection_gets_it_in_turn(database: Database, other: asyncpg.Connection) -> None:
+    pid = await database.fetchval(BACKEND)
+    await other.execute("SELECT pg_advisory_lock(1)")
+    order: list[int] = []
+
+    async def ask(number: int, sql: str) -> None:
+        await database.fetchval(sql)
+        order.append(number)
+
+    asked = [asyncio.create_task(ask(0, "SELECT pg_advisory_xact_lock(1)"))]
+    await waits(other, pid)
+    asked += [asyncio.create_task(ask(number, BACKEND)) for number in (1, 2, 3)]
+    await until(lambda: len(database._waiting) == 3, what="three that wait")
+    assert database.connections() == (1, 0)
+    asked[2].cancel()
+    await other.execute("SELECT pg_advisory_unlock(1)")
+
+    await asyncio.gather(*asked, return_exceptions=True)
+    assert order == [0, 1, 3]
+    assert database.connections() == (0, 1)
+    assert await database.fetchval(BACKEND) == pid
+
+
+async def test_a_connection_given_to_somebody_who_has_left_goes_to_the_next(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = await database.fetchval(BACKEND)
+    hand_over = database._hand_over
+    first = asyncio.create_task(database.fetchval("SELECT pg_sleep(0.1)"))
+    await until(lambda: database.connections() == (1, 0), what="a statement")
+    leaves = asyncio.create_task(database.fetchval(BACKEND))
+    stays = asyncio.create_task(database.fetchval(BACKEND))
+    await until(lambda: len(database._waiting) == 2, what="two that wait")
+
+    def hand_over_and_cancel(connection: Any) -> bool:
+        monkeypatch.undo()
+        given = hand_over(connection)
+        leaves.cancel()  # before it has heard of it
+        return given
+
+    monkeypatch.setattr(database, "_hand_over", hand_over_and_cancel)
+    await first
+
+    assert await stays == pid
+    assert leaves.cancelled()
+    assert database.connections() == (0, 1)
+
+
+async def test_a_connection_whose_statement_was_left_is_not_used_again(database: Database) -> None:
+    pid = await database.fetchval(BACKEND)
+    left = asyncio.create_task(database.fetchval("SELECT pg_sleep(60)"))
+    await until(lambda: database.connections() == (1, 0), what="a statement")
+    waiting = asyncio.create_task(database.fetchval(BACKEND))
+    await until(lambda: bool(database._waiting), what="one that waits")
+
+    left.cancel()
+
+    assert await waiting != pid
+    assert database.connections() == (0, 1)
+
+
+async def test_who_waits_too_long_for_a_connection_is_told_and_leaves_no_trace(settings: Settings) -> None:
+    patient = Database(settings.postgres_dsn, max_connections=1, application_name="test")
+    try:
+        await patient.ping()
+        holds = asyncio.create_task(patient.fetchval("SELECT pg_sleep(0.5)"))
+        await until(lambda: patient.connections() == (1, 0), what="a statement")
+        patient._patience = 0.05
+        with pytest.raises(errors.DatabaseUnavailable, match="free in time"):
+            await patient.ping()
+        assert not patient._waiting
+        await holds
+        patient._patience = 10.0
+        await patient.ping()
+        assert patient.connections() == (0, 1)
+    finally:
+        await patient.close()

@@ -166,6 +166,8 @@ class Keeper:
                 await asyncio.sleep(LOOK_SECONDS)
             if not self._worker_lives():
                 await self._settle_the_rest()
+            elif recording.done():
+                recording.result()
         finally:
             await stopping.stop(recording, commands, renewals, metrics_server, presence, *self._busy.values())
             if not self._worker_lives():

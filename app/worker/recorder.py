@@ -187,14 +187,16 @@ class Recorder:
         self._ends = Lane(self._announce, size=lambda ended: len(ended.result or ""))
 
     async def run(self) -> None:
-        """Answer and write until cancelled."""
+        """Answer and write until cancelled. Raises what a lane could not cope with: then another keeper is needed."""
         loop = asyncio.get_running_loop()
         self.door.setblocking(False)
         loop.add_reader(self.door, self._open)
         lanes = [asyncio.create_task(lane.run()) for lane in (self._claims, self._settles, self._ends)]
         try:
             self.look()
-            await asyncio.wait(lanes, return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait(lanes, return_when=asyncio.FIRST_COMPLETED)
+            for lane in ended:
+                lane.result()
         finally:
             loop.remove_reader(self.door)
             await stop(*lanes, *self._started)
@@ -260,9 +262,12 @@ class Recorder:
 
     async def _claim(self, asked: Sequence[_Asked]) -> None:
         wanted = [one.wanted for one in asked]
-        found = await db.insist(
-            lambda: lifecycle.claim_plain(self.db, wanted, lease_seconds=self.lease_seconds), what="a claim"
-        )
+        try:
+            found = await db.insist(
+                lambda: lifecycle.claim_plain(self.db, wanted, lease_seconds=self.lease_seconds), what="a claim"
+            )
+        except errors.StatementRefused:
+            found = [None] * len(asked)
         for one, claimed in zip(asked, found, strict=True):
             if claimed is not None:
                 self._answer(one, claimed)
@@ -271,9 +276,14 @@ class Recorder:
                 self._start(self._claim_with_care(one))
 
     async def _claim_with_care(self, asked: _Asked) -> None:
-        found = await db.insist(
-            lambda: lifecycle.claim_with_care(self.db, asked.wanted, lease_seconds=self.lease_seconds), what="a claim"
-        )
+        found: lifecycle.Claimed | Unclaimed = Unclaimed.STALE
+        try:
+            found = await db.insist(
+                lambda: lifecycle.claim_with_care(self.db, asked.wanted, lease_seconds=self.lease_seconds),
+                what="a claim",
+            )
+        except errors.StatementRefused as refused:
+            log.error("task %s can't be claimed: %s", asked.wanted.claim.task_id, refused)  # noqa: TRY400  # said in it
         self._answer(asked, found)
 
     def _answer(self, asked: _Asked, found: lifecycle.Claimed | Unclaimed) -> None:
@@ -323,7 +333,12 @@ class Recorder:
         log.error("the outcome of task %s can't be stored: %s", claim.task_id, refused)
         kind = "ResultNotSerializable" if isinstance(one.report.outcome, Succeeded) else "OutcomeNotStorable"
         transition = lifecycle.decide(one.report.budgets, Failed(Error(type=kind, message=str(refused))))
-        return await db.insist(lambda: lifecycle.settle(self.db, claim, transition), what="a settle")
+        try:
+            return await db.insist(lambda: lifecycle.settle(self.db, claim, transition), what="a settle")
+        except errors.StatementRefused:
+            # Whatever Postgres has against it, the others are not to wait. Its attempt ends with its lease.
+            log.exception("nor can it be stored that task %s has failed", claim.task_id)
+            return None
 
     def _tell(self, one: _Reported, settled: Settled | None) -> None:
         """Tell whoever is to hear of it, now that it is durable, and give its place away."""

@@ -150,6 +150,38 @@ async def test_one_report_that_postgres_refuses_keeps_no_other(
     ]
 
 
+REFUSE_ENDS = (
+    """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION 'no end' USING ERRCODE = 'check_violation';
+    END $$
+    """,
+    """
+    CREATE TRIGGER refuse BEFORE UPDATE ON task FOR EACH ROW
+    WHEN (OLD.name = 'sample.sleep' AND NEW.finished_at IS NOT NULL) EXECUTE FUNCTION refuse()
+    """,
+)
+
+
+async def test_a_report_that_postgres_refuses_whatever_it_says_ends_no_keeper(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    refused = await database.started(db, await database.submitted(db, name="sample.sleep"), name="sample.sleep")
+    claimed = await database.started(db, await database.submitted(db))
+    for statement in REFUSE_ENDS:
+        await db.execute(statement)
+    for one in (refused, claimed):
+        assert desk.spool.put(0, report(one).encode()) is not None
+
+    with alone(settings, desk, os.getpid(), tmp_path / "log") as keeper:
+        await until(lambda: not desk.spool.places(), what="an empty spool")
+        assert keeper.poll() is None
+
+    assert (await database.row(db, claimed.claim.task_id))["status"] == "SUCCESS"
+    assert (await database.row(db, refused.claim.task_id))["status"] == "STARTED"
+
+
 async def test_attempts_that_end_together_are_told_of_each_as_its_own(db: Database) -> None:
     hook = "https://example.com/hook"
     claimed = [await database.started(db, await database.submitted(db, webhook_url=hook)) for _ in range(3)]

@@ -249,13 +249,14 @@ class Attempt:
 
     def fields(self) -> dict[str, object]:
         """What a log line about it names."""
+        found: dict[str, object] = {"task_id": str(self.task_id), "attempt": self.number, "queue": self.queue}
         trace_id = trace_id_of(self.traceparent)
-        return {
-            "task_id": str(self.task_id),
-            "attempt": self.number,
-            "queue": self.queue,
-            **({} if trace_id is None else {"trace_id": trace_id}),
-        }
+        if trace_id is not None:
+            found["trace_id"] = trace_id
+        # Only this service writes it, so its end is known.
+        if _tracer is not None and self.traceparent is not None and self.traceparent.endswith("-01"):
+            found["span_id"] = f"{_attempt_id(self.task_id, self.number):016x}"
+        return found
 
 
 def end(span: Span, *, outcome: str, status: str, error_type: str | None, at: int | None = None) -> None:

@@ -101,8 +101,8 @@ def test_a_killed_child_loses_nothing_but_what_had_not_ended(running: Service, c
 def test_an_attempt_after_a_killed_one_goes_on_in_the_trace(running: Service, collector: Collector) -> None:
     with Receiver([200]) as receiver:
         task_id, trace_id = submitted(running, "sample.crash", webhook_url=receiver.url)
-        running.ends(UUID(task_id), seconds=60)
-        spans = collector.wait_for(trace_id, lambda found: named(found, "POST"))
+        number = running.ends(UUID(task_id), seconds=60)["attempt"]
+        spans = collector.wait_for(trace_id, lambda found: named(found, "POST") and len(attempts(found)) == number)
     tried = attempts(spans)
     assert [one.attributes["taskqueue.outcome"] for one in tried] == ["crashed"] * len(tried)
     assert [one.links for one in tried[1:]] == [((trace_id, one.id),) for one in tried[:-1]]

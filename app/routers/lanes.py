@@ -1,7 +1,7 @@
 """The routes that are asked for thousands of times a second, answered without looking for what they need.
 
 FastAPI finds out for each request which route it is for and what each parameter
-of that route's function is; for a submit and a look at a status that takes longer
+of that route's function is; for a submit and a look at a status or a result that takes longer
 than all that they do. A lane stands before the routes, knows one of them, and calls
 the very function of that route, with the arguments that FastAPI would have found.
 Whatever is not in the plainest form (an id in capitals, a parameter in the query)
@@ -38,6 +38,7 @@ def install(api: FastAPI) -> None:
     lanes = [
         Lane(_route(tasks.submit), re.escape(f"{tasks.PATH}/submit"), _submit),
         Lane(_route(tasks.read_status), f"{re.escape(tasks.PATH)}/{_ID}/status", _status),
+        Lane(_route(tasks.read_result), f"{re.escape(tasks.PATH)}/{_ID}/result", _result, without=b"prefer"),
     ]
     api.router.routes[:0] = lanes
     api.add_middleware(_Ahead, lanes=lanes)
@@ -60,6 +61,11 @@ async def _status(request: Request, groups: Sequence[str]) -> Response:
     )
 
 
+async def _result(request: Request, groups: Sequence[str]) -> Response:
+    caller = await door.READS(request)
+    return await tasks.read_result(UUID(groups[0]), request, await state.of(request), caller)
+
+
 class Lane(BaseRoute):
     """A short way to one route.
 
@@ -67,12 +73,14 @@ class Lane(BaseRoute):
         route: where it leads.
         pattern: of the paths, whole.
         answer: what stands there.
+        without: a header, in lower case, whose requests go the usual way.
     """
 
-    def __init__(self, route: APIRoute, pattern: str, answer: Answer) -> None:
+    def __init__(self, route: APIRoute, pattern: str, answer: Answer, *, without: bytes = b"") -> None:
         [self._method] = route.methods or {""}
         self._matches = re.compile(pattern).fullmatch
         self._answer = answer
+        self._without = without
         self._found = {"route": route, "endpoint": route.endpoint}
         self.path = route.path
         """As other routes have it: what traces and metrics call it."""
@@ -82,7 +90,7 @@ class Lane(BaseRoute):
         if scope["type"] != "http" or scope["method"] != self._method or scope["query_string"]:
             return Match.NONE, {}
         found = self._matches(scope["path"])
-        if found is None or scope.get("root_path") or _has_long_condition(scope):
+        if found is None or scope.get("root_path") or _asks_for_more(scope, self._without):
             return Match.NONE, {}
         return Match.FULL, {**self._found, "path_params": {}, "lane": found.groups()}
 
@@ -102,9 +110,10 @@ class Lane(BaseRoute):
         raise NoMatchFound(name, path_params)
 
 
-def _has_long_condition(scope: Scope) -> bool:
-    for name, value in scope["headers"]:  # noqa: SIM110  # `any` takes three times as long
-        if name == b"if-none-match" and len(value) > _CONDITION_LIMIT:
+def _asks_for_more(scope: Scope, unwanted: bytes) -> bool:
+    """Whether there is a header that only the usual way knows, or a condition that only it refuses."""
+    for name, value in scope["headers"]:  # `any` takes three times as long
+        if name == unwanted or (name == b"if-none-match" and len(value) > _CONDITION_LIMIT):
             return True
     return False
 

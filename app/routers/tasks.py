@@ -183,6 +183,9 @@ async def read_result(
     return answer
 
 
+_NOT_READY = schemas.NotReady().model_dump_json().encode()
+
+
 async def _end(task_id: UUID, state: State, caller: door.Caller) -> lifecycle.Ended | None:
     """How the task ended; None if it has not. Raises why there is no such task."""
     found = await lifecycle.result(state["db"], task_id, owner=caller.owner)
@@ -193,8 +196,7 @@ async def _end(task_id: UUID, state: State, caller: door.Caller) -> lifecycle.En
 
 def _result(ended: lifecycle.Ended | None) -> Response:
     if ended is None:
-        not_ready = schemas.NotReady().model_dump()
-        return JSONResponse(not_ready, 202, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+        return Response(_NOT_READY, 202, {"Retry-After": str(RETRY_AFTER_SECONDS)}, media_type="application/json")
     if ended.status is TaskStatus.SUCCESS:
         # The stored text goes out as it is: nothing is parsed, nothing can change.
         return Response(f'{{"result": {ended.result}}}', media_type="application/json")

@@ -1,4 +1,4 @@
-"""The short ways to a submit and to a status: nobody can tell them from the usual ones."""
+"""The short ways to a submit, a status and a result: nobody can tell them from the usual ones."""
 
 from typing import Any
 from uuid import uuid4
@@ -7,9 +7,14 @@ import httpx
 import pytest
 from starlette.routing import Match, NoMatchFound
 
+from app import lifecycle
+from app.db import Database
 from app.main import create_app
 from app.routers import admission, lanes
 from tests.integration.routers.test_tasks import assert_problem
+from tests.support import database
+
+BOOM = lifecycle.Error(type="ValueError", message="boom")
 
 
 @pytest.fixture
@@ -51,7 +56,11 @@ async def test_both_ways_give_the_same_answers(api: httpx.AsyncClient, taken: li
             short = await api.get(f"/api/tasks/{task_id}/status", headers=headers)
             usual = await api.get(f"/api/tasks/{task_id.upper()}/status", headers=headers)
             assert seen(short) == seen(usual)
+        assert seen(await api.get(f"/api/tasks/{task_id}/result")) == seen(
+            await api.get(f"/api/tasks/{task_id.upper()}/result")
+        )
     assert len([path for path in taken if path.endswith("/status")]) == 6
+    assert len([path for path in taken if path.endswith("/result")]) == 2
     assert known.upper() not in "".join(taken)
 
 
@@ -64,6 +73,9 @@ async def test_what_is_not_plain_goes_the_usual_way(api: httpx.AsyncClient, take
     assert_problem(await api.get(f"/api/tasks/{some}/status", headers=long), 422, "/if-none-match")
     assert (await api.delete(f"/api/tasks/{some}/status")).status_code == 405
     assert (await api.get(f"/api/tasks/{some}/status/")).status_code == 404
+    assert_problem(await api.get("/api/tasks/nobody/result"), 422, "/id")
+    assert_problem(await api.get(f"/api/tasks/{some}/result?wait=soon"), 422, "/wait")
+    assert (await api.get(f"/api/tasks/{some}/result", headers={"Prefer": "wait=0"})).status_code == 404
     assert taken == []
 
 
@@ -104,6 +116,21 @@ async def test_what_nobody_foresaw_is_answered_as_anywhere(
     for path in ("/api/tasks/submit", "/api/tasks/submit?usual"):
         with pytest.raises(Unforeseen):  # The server logs it, behind the answer.
             await api.post(path, json={})
+
+
+@pytest.mark.parametrize(XX)
+async def test_an_end_is_the_same_either_way(
+    api: httpx.AsyncClient, db: Database, taken: list[str], outcome: lifecycle.Outcome
+) -> None:
+    claimed = await database.started(db, await database.submitted(db))
+    task_id = claimed.claim.task_id
+    await lifecycle.settle(db, claimed.claim, lifecycle.decide(claimed.budgets, outcome))
+    short = await api.get(f"/api/tasks/{task_id}/result")
+    usual = await api.get(f"/api/tasks/{task_id}/result", headers={"Prefer": "respond-async"})
+    assert short.content == usual.content
+    assert seen(short) == seen(usual)
+    assert short.status_code == 200
+    assert taken == [f"/api/tasks/{task_id}/result"]
 
 
 async def test_keys_and_traces_are_read_in_a_lane(api: httpx.AsyncClient, taken: list[str]) -> None:

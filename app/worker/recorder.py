@@ -48,7 +48,7 @@ class Lane(Generic[T]):
     Args:
         work: on some.
         size: of one, in bytes.
-        apart_seconds: from the beginning of one work to that of the next. One that comes alone waits for nobody.
+        apart_seconds: from the beginning of one work to that of the next, while they come several at a time.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Lane(Generic[T]):
         self._size = size
         self._apart = apart_seconds
         self._begun = -math.inf
+        self._last = 0
         self._waiting: deque[T] = deque()
         self._rung = asyncio.Event()
         self._works = False
@@ -89,21 +90,27 @@ class Lane(Generic[T]):
             while self._waiting:
                 self._works = True
                 await self._rest()
-                await self._work(self._next())
+                if some := self._next():
+                    await self._work(some)
                 self._works = False
 
     async def _rest(self) -> None:
+        """Let some more come, unless the last one came alone: one task after another is not kept waiting."""
         now = asyncio.get_running_loop().time()
-        left = self._begun + self._apart - now
-        if left > 0:
+        if self._last > 1 and (left := self._begun + self._apart - now) > 0:
             await asyncio.sleep(left)
-        self._begun = max(now, self._begun + self._apart)
+            now += left
+        self._begun = now
 
     def _next(self) -> list[T]:
-        some, left = [self._waiting.popleft()], SHARED_BYTES
-        left -= self._size(some[0])
-        while self._waiting and len(some) < BATCH and (left := left - self._size(self._waiting[0])) >= 0:
+        some: list[T] = []
+        left = SHARED_BYTES
+        while self._waiting and len(some) < BATCH:
+            left -= self._size(self._waiting[0])
+            if left < 0 and some:
+                break
             some.append(self._waiting.popleft())
+        self._last = len(some)
         return some
 
 

@@ -118,7 +118,7 @@ async def test_what_nobody_foresaw_is_answered_as_anywhere(
             await api.post(path, json={})
 
 
-@pytest.mark.parametrize(XX)
+@pytest.mark.parametrize("outcome", [lifecycle.Succeeded('{"a": [1.50]}'), lifecycle.Failed(BOOM)])
 async def test_an_end_is_the_same_either_way(
     api: httpx.AsyncClient, db: Database, taken: list[str], outcome: lifecycle.Outcome
 ) -> None:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ KEEPER_SILENCE_SECONDS = 10.0
 KEEPER_START_SECONDS = 60.0
 """How long a keeper may take to look for the first time. It takes one or two on a machine that has time for it; killed
 too early on one that has none, it would never come to look, nor would those after it."""
+KEEPER_ENDS = 5
+"""Ends of keepers within `KEEPER_START_SECONDS` by which a worker is taken for broken: its probe fails then."""
 LAST_REPORTS_SECONDS = 0.01
 """How often a worker that stops looks whether its keeper has written all that was reported."""
 REFUSAL_PAUSE_SECONDS = 0.25
@@ -106,7 +109,12 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
         self._timer: Any = None
+        self._ends: deque[float] = deque(maxlen=KEEPER_ENDS)
         _keepers.append(self)
+
+    def works(self) -> bool:
+        """Whether the keeper lasts: without one, children wait for their claims."""
+        return len(self._ends) < KEEPER_ENDS or time.monotonic() - self._ends[0] > KEEPER_START_SECONDS
 
     def start(self, worker: Any) -> None:
         """Start the keeper and look after it, while Redis is away, too."""
@@ -143,6 +151,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
             return
         if self._process is not None:
             log.error("the keeper ended with code %s and is started again", self._process.returncode)
+            self._ends.append(time.monotonic())
             if self._process.stdin is not None:
                 self._process.stdin.close()
         desk = _desk()
@@ -195,6 +204,9 @@ class BeatStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships n
         idle = not state.active_requests and not state.reserved_requests
         if idle and not task_consumer.channel.qos.can_consume():
             log.error("nothing runs and nothing can be consumed")
+            return
+        if not all(keeper.works() for keeper in _keepers):
+            log.error("no keeper lasts, and so no task begins")
             return
         beat_file(_settings()).touch()
 

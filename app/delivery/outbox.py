@@ -242,12 +242,13 @@ WITH mine AS (
            last_status_code = m.status_code, last_error = m.error, attempt = d.attempt - (NOT m.spends)::int
       FROM mine m
      WHERE d.id = m.id AND d.token = m.token AND d.lease_until IS NOT NULL
-    RETURNING d.id, d.attempt, m.started_at, m.duration_seconds, m.status_code, m.error, m.excerpt, m.spends
+    RETURNING d.id, d.attempt, m.started_at, m.duration_seconds, m.status_code, m.error, m.excerpt, m.spends,
+              m.token AS held_with
 ), kept AS (
     INSERT INTO webhook_attempt (delivery_id, number, started_at, duration_seconds, status_code, error, excerpt)
     SELECT id, attempt, started_at, duration_seconds, status_code, error, excerpt FROM settled WHERE spends
 )
-SELECT id FROM settled
+SELECT held_with FROM settled
 """
 
 
@@ -282,8 +283,8 @@ async def settle_batch(db: Database, some: Sequence[Settling]) -> list[bool]:
         [kept_excerpt(one.receipt.excerpt) for one in in_order],
         [one.verdict.spends for one in in_order],
     )
-    settled = {row["id"] for row in rows}
-    return [one.claimed.id in settled for one in some]
+    settled = {row["held_with"] for row in rows}
+    return [one.claimed.token in settled for one in some]
 
 
 def kept_excerpt(excerpt: str) -> str:

@@ -17,6 +17,8 @@ from app.lifecycle.lines import BURST_SECONDS, HOLD, IN_LINE, next_start
 from app.lifecycle.rules import Claim, Transition
 from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settled_of
 
+LOCK_TIMEOUT = "200ms"
+"""How long a statement for which others wait does so for a row that somebody has locked."""
 EARLY_CLAIM_SECONDS = 1.0
 """How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
 
@@ -46,7 +48,7 @@ _TO_RUN = "queue, args, kwargs, failures, crashes, losses, refusals, max_retries
 _UNLIMITED = "(SELECT true FROM queue_setting s WHERE s.queue = task.queue) IS NULL"
 # They come in the order of their ids: two workers that are offered the same tasks then never wait for each other.
 _CLAIM = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+WITH quick AS (SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', $8, true)),
 wanted AS (
     SELECT * FROM unnest($1::uuid[], $2::text[], $3::int[], $4::uuid[], $5::text[])
         AS w (wanted_id, wanted_name, attempts, by_token, by_worker)
@@ -191,6 +193,9 @@ async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: 
 
     None where that takes a statement of its own (`claim_with_care`): somebody wants to hear of its start, its queue has
     a setting, or there is nothing to run.
+
+    Raises:
+        DatabaseUnavailable: also if one of the rows is locked for longer than `LOCK_TIMEOUT`.
     """
     some = sorted(wanted, key=lambda one: one.claim.task_id)
     rows = await db.fetch(
@@ -202,6 +207,7 @@ async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: 
         [one.worker for one in some],
         lease_seconds,
         EARLY_CLAIM_SECONDS,
+        LOCK_TIMEOUT,
     )
     found = {row["by_token"]: row for row in rows}
     return [_claimed(one, row) if (row := found.get(one.claim.token)) else None for one in wanted]
@@ -288,7 +294,8 @@ _NEXT = "CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY') THEN
 _AGAIN = f"{_NEXT} IN ('PENDING', 'RETRY')"
 # An attempt that succeeded and logged nothing is known from the row of its task, and costs no more than that UPDATE.
 _SETTLE = f"""
-WITH given AS (
+WITH patience AS (SELECT set_config('lock_timeout', $16, true)),
+given AS (
     SELECT * FROM unnest($1::uuid[], $2::int[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
                          $9::float8[], $10::text[], $11::text[], $12::text[], $13::int[])
         AS g (of_id, of_attempt, of_token, next_status, next_result, next_type, next_message, next_traceback,
@@ -316,7 +323,7 @@ WITH given AS (
            progress = CASE WHEN {_AGAIN} THEN NULL ELSE progress END,
            progress_message = CASE WHEN {_AGAIN} THEN NULL ELSE progress_message END,
            event_sequence = event_sequence + {delivery.tells(_NEXT, _TOLD)}
-      FROM given
+      FROM patience, given
      WHERE id = of_id AND attempt = of_attempt AND token = of_token AND lease_until IS NOT NULL
        AND (NOT $15 OR lease_until < now())
     RETURNING {delivery.told_columns()}, error_traceback, started_at, worker, queue, traceparent, given.*
@@ -362,13 +369,19 @@ async def settle(db: Database, held: Claim, transition: Transition, log: Log | N
     return settled
 
 
-async def settle_all(db: Database, done: Sequence[Done]) -> list[Settled | None]:
+async def settle_all(db: Database, done: Sequence[Done], *, patient: bool = True) -> list[Settled | None]:
     """As `settle`, for several at once, in their order: all of them or none.
 
+    Args:
+        db: where.
+        done: the attempts.
+        patient: wait for a row that somebody has locked.
+
     Raises:
+        DatabaseUnavailable: unless `patient`, also if one of the rows is locked for longer than `LOCK_TIMEOUT`.
         StatementRefused: if what one of them has to say can't be stored.
     """
-    rows = await _settle(db, done, own_hand=True, only_expired=False)
+    rows = await _settle(db, done, own_hand=True, only_expired=False, lock_timeout="0" if patient else LOCK_TIMEOUT)
     # A first copy of this statement may have been applied without an answer. Only a statement of its own,
     # with a new snapshot, sees what that copy wrote while this one waited for its lock.
     found = [
@@ -402,7 +415,9 @@ async def _settle_for(db: Database, held: Claim, transition: Transition, *, only
     return replace(settled_of(row), attempt=ended, began=row["started_at"])
 
 
-async def _settle(db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool) -> list[Record | None]:
+async def _settle(
+    db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool, lock_timeout: str = "0"
+) -> list[Record | None]:
     some = sorted(done, key=lambda one: one.claim.task_id)
     why = [one.transition.error for one in some]
     rows = await db.fetch(
@@ -422,6 +437,7 @@ async def _settle(db: Database, done: Sequence[Done], *, own_hand: bool, only_ex
         [one.log.dropped if one.log else 0 for one in some],
         own_hand,
         only_expired,
+        lock_timeout,
     )
     found = {row["of_token"]: row for row in rows}
     return [found.get(one.claim.token) for one in done]

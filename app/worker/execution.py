@@ -139,7 +139,9 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
         if automatic and self.full_jitter and countdown is not None:
             countdown = backoff.full_jitter(countdown)
         delay = self.default_retry_delay if countdown is None else countdown
-        again = RetryLater(cause, max(0.0, float(delay)), max_retries)
+        # What is no number is an error of the task's here, and nobody's elsewhere.
+        most = None if max_retries is None else int(max_retries)
+        again = RetryLater(cause, max(0.0, float(delay)), most)
         if throw:
             raise again from cause
         return again
@@ -246,6 +248,8 @@ def occupy() -> None:
     if _desk is not None:
         slot = _desk.slots.occupy()
         line = Line(_desk.door, _desk.spool, slot)
+        # A process that a task forks must not keep the keeper from hearing of this one's end.
+        os.register_at_fork(after_in_child=line.hang_up)
         _seat = _Seat(_desk, slot, line, worker=f"{socket.gethostname()}/{os.getpid()}")
 
 
@@ -286,6 +290,8 @@ def run_attempt(task: DurableTask) -> None:
             outcome = _perform(task, claimed)
             run_seconds, done_at = time.monotonic() - began, time.time_ns()
             signals.hold()
+            # Its time limits end here: however long the report waits for room or for Postgres, the task is done.
+            here.show(Running(wanted, time.monotonic(), limit_seconds=0.0))
             _report(here, claimed, outcome, _journal.end(), run_seconds, span, done_at)
     finally:
         here.clear(wanted)

@@ -137,12 +137,13 @@ class Keeper:
         self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
         # Its connections are its own: no claim and no settle keeps a renewal waiting.
         self._recorder = Recorder(
-            Database(
-                settings.postgres_dsn, max_connections=recorder.CONNECTIONS, application_name=f"taskqueue-{worker_pid}"
+            db=_recording(settings, worker_pid, recorder.CONNECTIONS),
+            alone=_recording(settings, worker_pid, recorder.CONNECTIONS_ALONE),
+            broker=Broker(
+                settings.redis_url.get_secret_value(), client_name=f"taskqueue-{worker_pid}", max_connections=2
             ),
-            Broker(settings.redis_url.get_secret_value(), client_name=f"taskqueue-{worker_pid}", max_connections=2),
-            spool,
-            door,
+            spool=spool,
+            door=door,
             lease_seconds=settings.lease_seconds,
         )
         self._busy: dict[tuple[int, Claim | None], asyncio.Task[Any]] = {}
@@ -181,10 +182,17 @@ class Keeper:
 
     async def _settle_the_rest(self) -> None:
         """The worker is gone; its children follow (PR_SET_PDEATHSIG). Settle each as it does."""
-        deadline = time.monotonic() + SETTLE_LAST_SECONDS
-        while (self._slots.all() or not self._recorder.is_done()) and time.monotonic() < deadline:
+        began = time.monotonic()
+        while not self._is_done(time.monotonic() - began):
             self._look()
             await asyncio.sleep(LOOK_SECONDS / 4)
+
+    def _is_done(self, seconds: float) -> bool:
+        """Whether there is nothing left to settle, or no time: so long after the end of the worker."""
+        if self._recorder.is_done():
+            return not self._slots.all() or seconds > SETTLE_LAST_SECONDS
+        # Of a report it is certain how its task has ended. After a lease that is nobody's any more.
+        return seconds > max(SETTLE_LAST_SECONDS, self._settings.lease_seconds)
 
     def _look(self) -> None:
         taken = self._slots.all()
@@ -364,6 +372,10 @@ class Keeper:
         )
         if settled is not None and settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
+
+
+def _recording(settings: Settings, worker_pid: int, connections: int) -> Database:
+    return Database(settings.postgres_dsn, max_connections=connections, application_name=f"taskqueue-{worker_pid}")
 
 
 def _started(slot: Slot) -> bool:

@@ -11,6 +11,7 @@ A frame is its length (4 bytes, little-endian), its kind (1 byte) and what it sa
 
 import contextlib
 import json
+import logging
 import socket
 import struct
 import time
@@ -26,11 +27,18 @@ CLAIM, CLAIMED = b"c", b"C"
 """Asks for a claim (JSON), and answers (JSON)."""
 SPOOLED, SETTLED = b"s", b"S"
 """Says where a report is and whether an answer is wanted, and answers with the status of the task, or nothing."""
+UNKNOWN = b"?"
+"""In place of a status: the report was written, and what came of it is not known any more."""
 HEAD = struct.Struct("<Ic")
 WHERE = struct.Struct("<HB?")  # slot, cell, whether the child waits for an answer
+AGAIN_SECONDS = 0.001
+"""After which a child that has lost the keeper asks again, first; then less and less often."""
+AGAIN_SECONDS_AT_MOST = 0.5
 ROOM_SECONDS = 0.001
 """After which a child looks for room in its spool again, first; then less and less often."""
 ROOM_SECONDS_AT_MOST = 0.05
+
+log = logging.getLogger(__name__)
 
 
 def frame(kind: bytes, said: bytes) -> bytes:
@@ -128,11 +136,16 @@ class Line:
     def claim(self, wanted: Wanted) -> lifecycle.Claimed | Unclaimed:
         """Claim an attempt, however long it takes until Postgres answers (see `lifecycle.claim_or_hold`)."""
         asked = frame(CLAIM, encode_wanted(wanted, self._slot))
+        seconds = AGAIN_SECONDS
         while True:
-            with contextlib.suppress(OSError):
+            try:
                 self._send(asked)
                 return decode_found(self._answer(CLAIMED), wanted)
+            except OSError as failed:
+                log.log(logging.WARNING if seconds == AGAIN_SECONDS else logging.DEBUG, "no keeper: %s", failed)
             self.hang_up()
+            time.sleep(seconds)
+            seconds = min(2 * seconds, AGAIN_SECONDS_AT_MOST)
 
     def report(self, report: Report, *, wait: bool) -> TaskStatus | None:
         """Have the keeper write what became of an attempt. Once this returns, the report is safe.
@@ -151,7 +164,9 @@ class Line:
         except OSError:
             # The next keeper finds it. What it will make of it, this process can only suppose.
             self.hang_up()
-            return lifecycle.decide(report.budgets, report.outcome).status if wait else None
+            said = UNKNOWN if wait else b""
+        if said == UNKNOWN:
+            return lifecycle.decide(report.budgets, report.outcome).status
         return TaskStatus(said.decode()) if said else None
 
     def _put(self, raw: bytes) -> Place:
@@ -188,6 +203,7 @@ class Line:
     def hang_up(self) -> None:
         """End this line; the next question makes another."""
         if self._socket is not None:
-            self._socket.close()
+            with contextlib.suppress(OSError):  # a task's own code may have closed it
+                self._socket.close()
         self._socket = None
         self._buffer.clear()

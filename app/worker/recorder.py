@@ -28,7 +28,8 @@ from app.lifecycle import Claim, Done, Ended, Error, Failed, Settled, Succeeded,
 from app.worker import line
 from app.worker.spool import Place, Report, Spool
 
-CONNECTIONS = 3
+CONNECTIONS = 2
+CONNECTIONS_ALONE = 2
 BATCH = 100
 """Claims or reports of one statement at most."""
 SETTLES_APART_SECONDS = 0.004
@@ -173,9 +174,19 @@ class _Caller(asyncio.Protocol):
 
 @dataclass(slots=True)
 class Recorder:
-    """Writes for the children of one pool."""
+    """Writes for the children of one pool.
+
+    Attributes:
+        db: for what comes together, which waits for nobody: a connection for claims, and one for settles.
+        alone: for what may have to wait.
+        broker: where ends are told.
+        spool: where children report.
+        door: where their lines come from.
+        lease_seconds: of a claim.
+    """
 
     db: Database
+    alone: Database
     broker: Broker
     spool: Spool
     door: socket.socket
@@ -203,7 +214,7 @@ class Recorder:
             self.look()
             ended, _ = await asyncio.wait(lanes, return_when=asyncio.FIRST_COMPLETED)
             for lane in ended:
-                lane.result()
+                lane.result()  # raises
         finally:
             loop.remove_reader(self.door)
             await stop(*lanes, *self._started)
@@ -211,6 +222,7 @@ class Recorder:
     async def close(self) -> None:
         """Close every connection."""
         await self.broker.close()
+        await self.alone.close()
         await self.db.close()
 
     def look(self) -> None:
@@ -270,27 +282,27 @@ class Recorder:
     async def _claim(self, asked: Sequence[_Asked]) -> None:
         wanted = [one.wanted for one in asked]
         try:
-            found = await db.insist(
-                lambda: lifecycle.claim_plain(self.db, wanted, lease_seconds=self.lease_seconds), what="a claim"
-            )
-        except errors.StatementRefused:
+            found = await lifecycle.claim_plain(self.db, wanted, lease_seconds=self.lease_seconds)
+        except Exception as failed:  # noqa: BLE001  # each of them is tried alone
+            log.debug("claims are tried one by one: %s", failed)
             found = [None] * len(asked)
         for one, claimed in zip(asked, found, strict=True):
             if claimed is not None:
                 self._answer(one, claimed)
             else:
-                # It may have to wait for others of its queue, and the next ones not for that.
-                self._start(self._claim_with_care(one))
+                # It may have to wait: for others of its queue, for who has locked its row, or for Postgres.
+                self._start(self._claim_alone(one))
 
-    async def _claim_with_care(self, asked: _Asked) -> None:
+    async def _claim_alone(self, asked: _Asked) -> None:
         found: lifecycle.Claimed | Unclaimed = Unclaimed.STALE
         try:
             found = await db.insist(
-                lambda: lifecycle.claim_with_care(self.db, asked.wanted, lease_seconds=self.lease_seconds),
+                lambda: lifecycle.claim_with_care(self.alone, asked.wanted, lease_seconds=self.lease_seconds),
                 what="a claim",
             )
-        except errors.StatementRefused as refused:
-            log.error("task %s can't be claimed: %s", asked.wanted.claim.task_id, refused)  # noqa: TRY400  # said in it
+        except Exception:
+            # If there is a task, it waits, and the search for lost messages brings it back.
+            log.exception("task %s can't be claimed", asked.wanted.claim.task_id)
         self._answer(asked, found)
 
     def _answer(self, asked: _Asked, found: lifecycle.Claimed | Unclaimed) -> None:
@@ -308,6 +320,9 @@ class Recorder:
             return
         raw = self.spool.get(place)
         if raw is None:
+            if waits is not None:
+                # A look was faster, and nobody knows any more what came of it.
+                waits.say(line.SETTLED, line.UNKNOWN)
             return
         try:
             one = _Reported(Report.decode(raw), place, len(raw), waits)
@@ -321,29 +336,38 @@ class Recorder:
         self._settles.put(one)
 
     async def _settle(self, some: Sequence[_Reported]) -> None:
-        done = [_done(one.report) for one in some]
         try:
-            settled = await db.insist(lambda: lifecycle.settle_all(self.db, done), what="a settle")
-        except errors.StatementRefused as refused:
-            if len(some) > 1:
-                # One of them is at fault. The others have nothing to do with it.
-                for one in some:
-                    await self._settle([one])
-                return
-            settled = [await self._settle_unfit(some[0], refused)]
+            settled = await lifecycle.settle_all(self.db, [_done(one.report) for one in some], patient=False)
+        except Exception as failed:  # noqa: BLE001  # each of them is tried alone
+            log.debug("attempts are settled one by one: %s", failed)
+            for one in some:
+                # One of them may be at fault, or its row locked. The others have nothing to do with it.
+                self._start(self._settle_alone(one))
+            return
         for one, written in zip(some, settled, strict=True):
             self._tell(one, written)
 
-    async def _settle_unfit(self, one: _Reported, refused: errors.StatementRefused) -> Settled | None:
+    async def _settle_alone(self, one: _Reported) -> None:
+        try:
+            done = _done(one.report)
+            settled = await db.insist(lambda: lifecycle.settle_all(self.alone, [done]), what="a settle")
+        except Exception as failed:  # noqa: BLE001  # whatever it is, the task ends
+            settled = [await self._settle_unfit(one, failed)]
+        self._tell(one, settled[0])
+
+    async def _settle_unfit(self, one: _Reported, failed: Exception) -> Settled | None:
         """What can't be stored ends the task all the same; else it would be run again and again."""
         claim = one.report.claim
-        log.error("the outcome of task %s can't be stored: %s", claim.task_id, refused)
+        expected = isinstance(failed, errors.StatementRefused)
+        log.error(
+            "the outcome of task %s can't be stored: %s", claim.task_id, failed, exc_info=None if expected else failed
+        )
         kind = "ResultNotSerializable" if isinstance(one.report.outcome, Succeeded) else "OutcomeNotStorable"
-        transition = lifecycle.decide(one.report.budgets, Failed(Error(type=kind, message=str(refused))))
         try:
-            return await db.insist(lambda: lifecycle.settle(self.db, claim, transition), what="a settle")
-        except errors.StatementRefused:
-            # Whatever Postgres has against it, the others are not to wait. Its attempt ends with its lease.
+            transition = lifecycle.decide(one.report.budgets, Failed(Error(type=kind, message=str(failed))))
+            return await db.insist(lambda: lifecycle.settle(self.alone, claim, transition), what="a settle")
+        except Exception:
+            # Whatever Postgres has against it. The attempt ends with its lease.
             log.exception("nor can it be stored that task %s has failed", claim.task_id)
             return None
 
@@ -362,7 +386,7 @@ class Recorder:
         if settled.ended is not None:
             self._ends.put(settled.ended)
         if report.limited_with is not None:
-            self._start(publisher.let_go(self.db, self.broker, report.queue, report.limited_with))
+            self._start(publisher.let_go(self.alone, self.broker, report.queue, report.limited_with))
 
     async def _announce(self, ended: Sequence[Ended]) -> None:
         await publisher.announce_ends(self.broker, ended)

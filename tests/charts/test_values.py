@@ -222,15 +222,15 @@ def test_no_password_stands_on_a_command_line() -> None:
         ({"externalDatabase": {"url": "postgresql://db/d"}}, "postgresql.enabled: must be false"),
         (
             {"workers": {"default": {"replicas": 13, "concurrency": 11}}},
-            "postgresql.maxConnections: 200 do not do, these pods may open 251",
+            "postgresql.maxConnections: 200 do not do, these pods may open 265",
         ),
         (
             {"workerDefaults": {"autoscaling": {"by": "keda", "maxReplicas": 20}, "concurrency": 8}},
-            "postgresql.maxConnections: 200 do not do, these pods may open 295",
+            "postgresql.maxConnections: 200 do not do, these pods may open 316",
         ),
         (
             {"api": {"autoscaling": {"enabled": True, "maxReplicas": 20}}},
-            "postgresql.maxConnections: 200 do not do, these pods may open 243",
+            "postgresql.maxConnections: 200 do not do, these pods may open 245",
         ),
         ({"api": {"autoscaling": {"enabled": True, "minReplicas": 11}}}, "api.autoscaling: minReplicas is more than"),
         (

@@ -144,6 +144,12 @@ def retry(countdown: float) -> int:
     raise current_task.retry(countdown=countdown, exc=KeyError("again"))
 
 
+@task("odd.retry_as_often", max_retries=2)
+def retry_as_often(most: str) -> None:
+    """Ask for a retry by hand, at most so often: a text, as from the environment."""
+    raise current_task.retry(countdown=0, max_retries=most, exc=KeyError("again"))
+
+
 @task("odd.retry_late", max_retries=2)
 def retry_late(countdown: str) -> None:
     """Ask for a retry so far away that no clock has a date for it. A text, because JSON has no infinity."""

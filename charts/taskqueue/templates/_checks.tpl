@@ -62,14 +62,14 @@
 {{- end -}}
 
 {{/* How many connections to Postgres may be open at once. In a rollout each workload has one pod more. An API may
-     open 10, a relay 8, a worker one for each child (whose tasks report progress, or submit others) and four for
+     open 10, a relay 8, a worker one for each child (whose tasks report progress, or submit others) and five for
      its keeper, and KEDA 2 for a pool; 5 are for migrations and people. */}}
 {{- define "taskqueue.connections" -}}
 {{- $apis := include "taskqueue.mostApis" . | int -}}
 {{- $sum := add 5 (mul 10 (add 1 $apis)) (mul 8 (add 1 .Values.relay.replicas)) -}}
 {{- range (include "taskqueue.pools" . | fromJson) -}}
 {{- $workers := include "taskqueue.mostWorkers" . | int -}}
-{{- $sum = add $sum (mul (add 1 $workers) (add 4 .concurrency)) (ternary 2 0 (eq .autoscaling.by "keda")) -}}
+{{- $sum = add $sum (mul (add 1 $workers) (add 5 .concurrency)) (ternary 2 0 (eq .autoscaling.by "keda")) -}}
 {{- end -}}
 {{- $sum -}}
 {{- end -}}

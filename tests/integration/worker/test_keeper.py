@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -133,6 +134,22 @@ def test_a_keeper_that_starts_is_given_longer_than_one_that_falls_silent(
     keeper.suspend()
     wait_until(lambda: time.monotonic() - desk.slots.keeper_beat > 0.5, what="its silence")
     wait_until(lambda: started(step) != keeper, 60, "another keeper")
+
+
+def test_a_worker_whose_keepers_do_not_last_is_broken(
+    step: celery_app.KeeperStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(celery_app, "KEEPER_ENDS", 2)
+    monkeypatch.setattr(step, "_ends", deque(maxlen=2))
+    for number in range(2):
+        assert step.works(), number
+        keeper = started(step)
+        keeper.kill()
+        keeper.wait()
+        step.ensure()
+    assert not step.works()
+    monkeypatch.setattr(celery_app, "KEEPER_START_SECONDS", 0.01)
+    wait_until(step.works, what="a while without an end")
 
 
 def test_a_keeper_that_never_comes_to_look_is_replaced(

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -19,7 +21,7 @@ from app.core.config import Settings
 from app.db import Database
 from app.lifecycle import Claim, Claimed, Error, Unclaimed, Wanted
 from app.worker.desk import Desk
-from app.worker.line import Line
+from app.worker.line import SETTLED, SPOOLED, UNKNOWN, WHERE, Line, frame
 from app.worker.spool import Report
 from tests.support import database
 from tests.support.keepers import alone, occupy
@@ -182,6 +184,87 @@ async def test_a_report_that_postgres_refuses_whatever_it_says_ends_no_keeper(
     assert (await database.row(db, refused.claim.task_id))["status"] == "STARTED"
 
 
+async def test_a_row_that_somebody_has_locked_keeps_no_other_waiting(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    claimed = [await database.started(db, await database.submitted(db)) for _ in range(3)]
+    locked, free = await database.submitted(db), await database.submitted(db)
+    lines = [Line(desk.door, desk.spool, desk.slots.occupy()) for _ in range(2)]
+    rival = await asyncpg.connect(settings.postgres_dsn)
+    try:
+        async with rival.transaction():
+            await rival.fetch("SELECT FROM task WHERE id = ANY ($1) FOR UPDATE", [claimed[0].claim.task_id, locked])
+            with alone(settings, desk, os.getpid(), tmp_path / "log"):
+                asked = [
+                    asyncio.create_task(
+                        asyncio.to_thread(line.claim, Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test"))
+                    )
+                    for line, task_id in zip(lines, (locked, free), strict=True)
+                ]
+                assert isinstance(await asked[1], Claimed)
+                for one in claimed:
+                    assert desk.spool.put(0, report(one).encode()) is not None
+                await until(lambda: len(desk.spool.places()) == 1, 5, "all ends but one")
+                assert not asked[0].done()
+                await rival.execute("ROLLBACK")
+                assert isinstance(await asked[0], Claimed)
+                await until(lambda: not desk.spool.places(), what="the last end")
+    finally:
+        await rival.close()
+        for line in lines:
+            line.hang_up()
+    assert (await database.row(db, claimed[0].claim.task_id))["status"] == "SUCCESS"
+
+
+async def test_a_report_that_means_nothing_ends_its_own_task_only(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    odd, plain = [await database.started(db, await database.submitted(db)) for _ in range(2)]
+    error = Error(type="KeyError", message="no")
+    most: Any = "5"
+    for one, outcome in ((odd, lifecycle.RetryAsked(error, 1.0, most)), (plain, None)):
+        assert desk.spool.put(0, report(one, outcome).encode()) is not None
+
+    with alone(settings, desk, os.getpid(), tmp_path / "log") as keeper:
+        await until(lambda: not desk.spool.places(), what="an empty spool")
+        assert keeper.poll() is None
+
+    row = await database.row(db, odd.claim.task_id)
+    assert (row["status"], row["error_type"]) == ("FAILURE", "OutcomeNotStorable")
+    assert (await database.row(db, plain.claim.task_id))["status"] == "SUCCESS"
+
+
+async def test_a_claim_that_postgres_refuses_is_answered(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    task_id = await database.submitted(db)
+    await lifecycle.limit_queue(db, "default", lifecycle.Limits(concurrency=5))
+    await db.execute("ALTER FUNCTION queue_load RENAME TO another")
+    line = Line(desk.door, desk.spool, desk.slots.occupy())
+    wanted = Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test")
+    with alone(settings, desk, os.getpid(), tmp_path / "log"):
+        assert await asyncio.to_thread(line.claim, wanted) is Unclaimed.STALE
+        await db.execute("ALTER FUNCTION another RENAME TO queue_load")
+        assert isinstance(await asyncio.to_thread(line.claim, wanted), Claimed)
+    line.hang_up()
+
+
+async def test_a_child_that_waits_for_a_report_that_is_written_already_goes_on(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    claimed = await database.started(db, await database.submitted(db))
+    slot = desk.slots.occupy()
+    line = Line(desk.door, desk.spool, slot)
+    with alone(settings, desk, os.getpid(), tmp_path / "log"):
+        place = desk.spool.put(slot, report(claimed).encode())
+        assert place is not None
+        await until(lambda: not desk.spool.places(), what="a look of the keeper's")
+        # Only now it comes to say so.
+        line._send(frame(SPOOLED, WHERE.pack(*place, True)))  # as `report` does
+        assert await asyncio.to_thread(line._answer, SETTLED) == UNKNOWN
+    line.hang_up()
+
+
 async def test_attempts_that_end_together_are_told_of_each_as_its_own(db: Database) -> None:
     hook = "https://example.com/hook"
     claimed = [await database.started(db, await database.submitted(db, webhook_url=hook)) for _ in range(3)]
@@ -244,3 +327,42 @@ async def test_a_worker_that_stops_waits_until_its_reports_are_written(running: 
     finally:
         await rival.close()
         await asyncio.to_thread(running.start_worker)
+
+
+HOLD_ENDS = (
+    """
+    CREATE FUNCTION hold_end() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_advisory_xact_lock_shared(77);
+        RETURN NEW;
+    END $$
+    """,
+    """
+    CREATE TRIGGER hold_end BEFORE UPDATE ON task FOR EACH ROW
+    WHEN (OLD.name = 'sample.large' AND NEW.finished_at IS NOT NULL) EXECUTE FUNCTION hold_end()
+    """,
+)
+
+
+async def test_a_task_whose_report_waits_for_room_is_not_past_its_limit(running: Service) -> None:
+    rival = await asyncpg.connect(running.environment["DATABASE_URL"])
+    started = "SELECT count(*) = 3 FROM task WHERE name = 'sample.large' AND status = 'STARTED'"
+    try:
+        for statement in HOLD_ENDS:
+            await rival.execute(statement)
+        await rival.execute("SELECT pg_advisory_lock(77)")
+        # Of what is large, a child's spool holds one: with two children, one of them has no room for its second.
+        submitted = [await asyncio.to_thread(_submit_large, running) for _ in range(3)]
+        await until(lambda: rival.fetchval(started), what="all of them")
+        began = time.monotonic()
+        await until(lambda: time.monotonic() - began > 2.5, what="more than their limit")
+        await rival.execute("SELECT pg_advisory_unlock(77)")
+        views = [await asyncio.to_thread(running.ends, task_id) for task_id in submitted]
+    finally:
+        await rival.execute("DROP TRIGGER IF EXISTS hold_end ON task; DROP FUNCTION IF EXISTS hold_end")
+        await rival.close()
+    assert [(view["status"], view["attempt"]) for view in views] == [("SUCCESS", 1)] * 3
+
+
+def _submit_large(running: Service) -> UUID:
+    return running.submit("sample.large", 100_000, time_limit=1.0)

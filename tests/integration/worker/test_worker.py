@@ -151,6 +151,14 @@ def test_a_retry_by_hand_spends_the_budget_and_ends_with_the_cause(running: Serv
     assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "KeyError", 3)
 
 
+@pytest.mark.parametrize(("most", "ending"), [("1", ("KeyError", 2)), ("often", ("ValueError", 1))])
+def test_how_often_to_retry_may_be_a_text_and_what_is_no_number_fails_its_own_task(
+    running: Service, most: str, ending: tuple[str, int]
+) -> None:
+    view = running.ends(running.submit("odd.retry_as_often", most))
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", *ending)
+
+
 @pytest.mark.parametrize("countdown", ["inf", "1e13"])
 def test_a_retry_in_the_far_future_waits_for_a_year_and_is_no_crash(running: Service, countdown: str) -> None:
     task_id = running.submit("odd.retry_late", countdown)

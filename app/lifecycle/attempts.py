@@ -19,6 +19,8 @@ from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settl
 
 LOCK_TIMEOUT = "200ms"
 """How long a statement for which others wait does so for a row that somebody has locked."""
+LOCK_TIMEOUT_ALONE = "1s"
+"""How long one does that has a single row. It is tried again, but for so long it keeps a connection from others."""
 EARLY_CLAIM_SECONDS = 1.0
 """How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
 
@@ -64,8 +66,11 @@ wanted AS (
 _BEGUN = frozenset({TaskStatus.STARTED})
 _BEGINS = delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)
 _TELL = f"event_sequence = event_sequence + {_BEGINS}"
+_QUICK = (
+    f"SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '{LOCK_TIMEOUT_ALONE}', true)"
+)
 _CLAIM_AND_TELL = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+WITH quick AS ({_QUICK}),
 claimed AS (
     UPDATE task {_START}, {_TELL} FROM quick {_MAY_START} AND {_UNLIMITED}
     RETURNING {delivery.told_columns()}, {_TO_RUN}, run_at
@@ -83,7 +88,7 @@ SELECT {_TO_RUN}, {_WAITED},
 # behind those that are held already; who was let go has his turn, and minds only who runs. A turn in the line of the
 # queue is none in that of a key.
 _CLAIM_ONE_BY_ONE = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true)),
+WITH quick AS ({_QUICK}),
 asked AS MATERIALIZED (
     SELECT t.queue, t.concurrency_key AS key, h.task_id IS NOT NULL AS in_turn,
            COALESCE(h.line <> '', false) AS in_turn_of_key,
@@ -214,7 +219,11 @@ async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: 
 
 
 async def claim_with_care(db: Database, wanted: Wanted, *, lease_seconds: float) -> Claimed | Unclaimed:
-    """As `claim_or_hold`, for what `claim_plain` has passed over."""
+    """As `claim_or_hold`, for what `claim_plain` has passed over.
+
+    Raises:
+        DatabaseUnavailable: also if its row, or a claim of its queue, keeps it waiting for `LOCK_TIMEOUT_ALONE`.
+    """
     claim = wanted.claim
     arguments = (
         claim.task_id,
@@ -375,13 +384,15 @@ async def settle_all(db: Database, done: Sequence[Done], *, patient: bool = True
     Args:
         db: where.
         done: the attempts.
-        patient: wait for a row that somebody has locked.
+        patient: wait longer for a row that somebody has locked.
 
     Raises:
-        DatabaseUnavailable: unless `patient`, also if one of the rows is locked for longer than `LOCK_TIMEOUT`.
+        DatabaseUnavailable: also if one of the rows is locked for longer than `LOCK_TIMEOUT`, or, if `patient`,
+            `LOCK_TIMEOUT_ALONE`.
         StatementRefused: if what one of them has to say can't be stored.
     """
-    rows = await _settle(db, done, own_hand=True, only_expired=False, lock_timeout="0" if patient else LOCK_TIMEOUT)
+    lock_timeout = LOCK_TIMEOUT_ALONE if patient else LOCK_TIMEOUT
+    rows = await _settle(db, done, own_hand=True, only_expired=False, lock_timeout=lock_timeout)
     # A first copy of this statement may have been applied without an answer. Only a statement of its own,
     # with a new snapshot, sees what that copy wrote while this one waited for its lock.
     found = [
@@ -416,7 +427,7 @@ async def _settle_for(db: Database, held: Claim, transition: Transition, *, only
 
 
 async def _settle(
-    db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool, lock_timeout: str = "0"
+    db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool, lock_timeout: str = LOCK_TIMEOUT_ALONE
 ) -> list[Record | None]:
     some = sorted(done, key=lambda one: one.claim.task_id)
     why = [one.transition.error for one in some]

@@ -112,7 +112,7 @@ def _traces(settings: Settings, line: list[int]) -> Iterator[None]:
 class Keeper:
     """Looks after the attempts of one worker."""
 
-    def __init__(  # all that it shares with the worker
+    def __init__(
         self,
         settings: Settings,
         *,

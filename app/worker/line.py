@@ -46,6 +46,19 @@ def frame(kind: bytes, said: bytes) -> bytes:
     return HEAD.pack(len(said), kind) + said
 
 
+def taken_from(buffer: bytearray) -> tuple[bytes, bytes] | None:
+    """Take the first frame, its kind and what it says, out of what has come; None if it is not whole yet."""
+    if len(buffer) < HEAD.size:
+        return None
+    length, kind = HEAD.unpack_from(buffer)
+    end = HEAD.size + length
+    if len(buffer) < end:
+        return None
+    said = bytes(buffer[HEAD.size : end])
+    del buffer[:end]
+    return kind, said
+
+
 def encode_wanted(wanted: Wanted, slot: int) -> bytes:
     """A claim that the child in this slot asks for."""
     claim = wanted.claim
@@ -186,15 +199,9 @@ class Line:
         """What the keeper says. Raises OSError if it is gone."""
         assert self._socket is not None  # noqa: S101  # it was asked just now
         while True:
-            if len(self._buffer) >= HEAD.size:
-                length, of_kind = HEAD.unpack_from(self._buffer)
-                end = HEAD.size + length
-                if len(self._buffer) >= end:
-                    said = bytes(self._buffer[HEAD.size : end])
-                    del self._buffer[:end]
-                    if of_kind == kind:
-                        return said
-                    continue
+            while (found := taken_from(self._buffer)) is not None:
+                if found[0] == kind:
+                    return found[1]
             got = self._socket.recv(65_536)
             if not got:
                 raise ConnectionResetError

@@ -150,21 +150,10 @@ class _Caller(asyncio.Protocol):
         self._transport = None
         self._recorder.left(self)
 
-    @property
-    def gone(self) -> bool:
-        """Whether nobody hears an answer any more."""
-        return self._transport is None
-
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        while len(self._buffer) >= line.HEAD.size:
-            length, kind = line.HEAD.unpack_from(self._buffer)
-            end = line.HEAD.size + length
-            if len(self._buffer) < end:
-                return
-            said = bytes(self._buffer[line.HEAD.size : end])
-            del self._buffer[:end]
-            self._recorder.told(kind, said, self)
+        while (found := line.taken_from(self._buffer)) is not None:
+            self._recorder.told(*found, self)
 
     def say(self, kind: bytes, said: bytes) -> None:
         """Answer, if somebody is there."""
@@ -240,8 +229,8 @@ class Recorder:
 
     async def finish(self, slot: int) -> None:
         """Wait until nothing is left to do of what a dead child in this slot has asked for or reported."""
+        self.look()
         for place in self.spool.places():
-            self._take(place, None)
             if place.slot == slot and place not in self._reported:
                 log.error("a report of a dead process can't be read, and is dropped")
                 self.spool.free(place)

@@ -2,13 +2,15 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from app import lifecycle
 from app.core import ids
 from app.core.config import Settings
 from app.db import Database, Record
+
+D = TypeVar("D", bound=Database)
 
 
 class Counting(Database):
@@ -27,16 +29,19 @@ class Counting(Database):
 
 @contextlib.asynccontextmanager
 async def counting(settings: Settings) -> AsyncIterator[Counting]:
-    database = Counting(settings.postgres_dsn, max_connections=4, application_name="test")
-    try:
+    async with _opened(Counting, settings) as database:
         yield database
-    finally:
-        await database.close()
 
 
 @contextlib.asynccontextmanager
 async def opened(settings: Settings) -> AsyncIterator[Database]:
-    database = Database(settings.postgres_dsn, max_connections=4, application_name="test")
+    async with _opened(Database, settings) as database:
+        yield database
+
+
+@contextlib.asynccontextmanager
+async def _opened(kind: type[D], settings: Settings) -> AsyncIterator[D]:
+    database = kind(settings.postgres_dsn, max_connections=4, application_name="test")
     try:
         yield database
     finally:

@@ -1,7 +1,9 @@
 """Waiting for a condition: the one place where tests sleep."""
 
 import asyncio
+import contextlib
 import inspect
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, overload
@@ -50,3 +52,25 @@ def lasting(seconds: float) -> None:
     """Let a fault last: the one wait whose condition is that time has passed."""
     until_then = time.monotonic() + seconds
     wait_until(lambda: time.monotonic() >= until_then, seconds + 60, "the end of a fault")
+
+
+def aside(work: Callable[..., T], *args: object, **kwargs: object) -> "asyncio.Future[T]":
+    """As `asyncio.to_thread`, for what may never end: the test's end does not wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(set_it: Callable[[Any], None], answer: object) -> None:
+        if not done.done():
+            set_it(answer)
+
+    def run() -> None:
+        answer: object
+        try:
+            set_it, answer = done.set_result, work(*args, **kwargs)
+        except BaseException as failed:  # noqa: BLE001  # it is raised where the future is awaited
+            set_it, answer = done.set_exception, failed  # type: ignore[assignment]  # another setter
+        with contextlib.suppress(RuntimeError):  # nobody waits any more
+            loop.call_soon_threadsafe(finish, set_it, answer)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done

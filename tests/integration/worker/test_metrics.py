@@ -250,6 +250,6 @@ def test_children_that_come_and_go_leave_no_series_and_no_files(watched: Watched
 
 
 @pytest.mark.slow  # two hundred children die, and Celery takes a second or more to replace two
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(840)
 def test_two_hundred_children_leave_no_series_and_no_files(watched: Watched) -> None:
     stays_flat(watched, rounds=100)

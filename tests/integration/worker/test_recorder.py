@@ -26,7 +26,7 @@ from app.worker.spool import Report
 from tests.support import database
 from tests.support.keepers import alone, occupy
 from tests.support.service import Service
-from tests.support.waiting import until
+from tests.support.waiting import aside, until
 
 
 @pytest.fixture
@@ -112,21 +112,21 @@ async def test_a_child_asks_and_reports_whichever_keeper_is_there(
         return Wanted(Claim(task_id, 1, uuid4()), name, "test")
 
     # It is asked before it is there.
-    asked = asyncio.create_task(asyncio.to_thread(line.claim, wanted(first, "sample.echo")))
+    asked = aside(line.claim, wanted(first, "sample.echo"))
     with alone(settings, desk, os.getpid(), tmp_path / "log"):
         claimed = await asked
         assert isinstance(claimed, Claimed)
         assert (claimed.name, claimed.queue, claimed.args) == ("sample.echo", "default", "[]")
-        assert await asyncio.to_thread(line.claim, unknown) is Unclaimed.STALE
+        assert await aside(line.claim, unknown) is Unclaimed.STALE
     # Another one takes over, and the child notices by itself.
-    asked = asyncio.create_task(asyncio.to_thread(line.claim, wanted(second, "sample.sleep")))
+    asked = aside(line.claim, wanted(second, "sample.sleep"))
     with alone(settings, desk, os.getpid(), tmp_path / "another"):
         other = await asked
         assert isinstance(other, Claimed)
-        assert await asyncio.to_thread(line.report, report(claimed), wait=True) == "SUCCESS"
-        assert await asyncio.to_thread(line.report, report(claimed), wait=True) == "SUCCESS", "it is its own hand"
+        assert await aside(line.report, report(claimed), wait=True) == "SUCCESS"
+        assert await aside(line.report, report(claimed), wait=True) == "SUCCESS", "it is its own hand"
         forged = replace(report(claimed), claim=Claim(first, 1, uuid4()))
-        assert await asyncio.to_thread(line.report, forged, wait=True) is None
+        assert await aside(line.report, forged, wait=True) is None
         assert line.report(report(other), wait=False) is None
         await until(lambda: not desk.spool.places(), what="an empty spool")
     line.hang_up()
@@ -184,36 +184,38 @@ async def test_a_report_that_postgres_refuses_whatever_it_says_ends_no_keeper(
     assert (await database.row(db, refused.claim.task_id))["status"] == "STARTED"
 
 
-async def test_a_row_that_somebody_has_locked_keeps_no_other_waiting(
+async def test_rows_that_somebody_has_locked_keep_no_other_waiting(
     settings: Settings, desk: Desk, db: Database, tmp_path: Path
 ) -> None:
-    claimed = [await database.started(db, await database.submitted(db)) for _ in range(3)]
-    locked, free = await database.submitted(db), await database.submitted(db)
-    lines = [Line(desk.door, desk.spool, desk.slots.occupy()) for _ in range(2)]
+    ended = [(await database.started(db, await database.submitted(db))) for _ in range(6)]
+    tasks = [await database.submitted(db) for _ in range(4)]
+    lines = [Line(desk.door, desk.spool, desk.slots.occupy()) for _ in tasks]
+    # As many as there are connections for those that have to wait, and one more.
+    locked = [ended[0].claim.task_id, *tasks[:2]]
     rival = await asyncpg.connect(settings.postgres_dsn)
     try:
         async with rival.transaction():
-            await rival.fetch("SELECT FROM task WHERE id = ANY ($1) FOR UPDATE", [claimed[0].claim.task_id, locked])
+            await rival.fetch("SELECT FROM task WHERE id = ANY ($1) FOR UPDATE", locked)
             with alone(settings, desk, os.getpid(), tmp_path / "log"):
                 asked = [
-                    asyncio.create_task(
-                        asyncio.to_thread(line.claim, Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test"))
-                    )
-                    for line, task_id in zip(lines, (locked, free), strict=True)
+                    aside(line.claim, Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test"))
+                    for line, task_id in zip(lines, tasks, strict=True)
                 ]
-                assert isinstance(await asked[1], Claimed)
-                for one in claimed:
+                assert isinstance(await asked[2], Claimed)
+                assert isinstance(await asked[3], Claimed)
+                for one in ended:
                     assert desk.spool.put(0, report(one).encode()) is not None
-                await until(lambda: len(desk.spool.places()) == 1, 5, "all ends but one")
-                assert not asked[0].done()
+                await until(lambda: len(desk.spool.places()) == 1, 8, "all ends but one")
+                assert not any(one.done() for one in asked[:2])
                 await rival.execute("ROLLBACK")
                 assert isinstance(await asked[0], Claimed)
+                assert isinstance(await asked[1], Claimed)
                 await until(lambda: not desk.spool.places(), what="the last end")
     finally:
         await rival.close()
         for line in lines:
             line.hang_up()
-    assert (await database.row(db, claimed[0].claim.task_id))["status"] == "SUCCESS"
+    assert (await database.row(db, locked[0]))["status"] == "SUCCESS"
 
 
 async def test_a_report_that_means_nothing_ends_its_own_task_only(
@@ -243,9 +245,9 @@ async def test_a_claim_that_postgres_refuses_is_answered(
     line = Line(desk.door, desk.spool, desk.slots.occupy())
     wanted = Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test")
     with alone(settings, desk, os.getpid(), tmp_path / "log"):
-        assert await asyncio.to_thread(line.claim, wanted) is Unclaimed.STALE
+        assert await aside(line.claim, wanted) is Unclaimed.STALE
         await db.execute("ALTER FUNCTION another RENAME TO queue_load")
-        assert isinstance(await asyncio.to_thread(line.claim, wanted), Claimed)
+        assert isinstance(await aside(line.claim, wanted), Claimed)
     line.hang_up()
 
 
@@ -261,7 +263,7 @@ async def test_a_child_that_waits_for_a_report_that_is_written_already_goes_on(
         await until(lambda: not desk.spool.places(), what="a look of the keeper's")
         # Only now it comes to say so.
         line._send(frame(SPOOLED, WHERE.pack(*place, True)))  # as `report` does
-        assert await asyncio.to_thread(line._answer, SETTLED) == UNKNOWN
+        assert await aside(line._answer, SETTLED) == UNKNOWN
     line.hang_up()
 
 

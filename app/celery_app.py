@@ -108,6 +108,7 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         super().__init__(worker, **options)
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
+        self._starts = 0
         self._timer: Any = None
         self._ends: deque[float] = deque(maxlen=KEEPER_ENDS)
         _keepers.append(self)
@@ -157,6 +158,8 @@ class KeeperStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery ships
         desk = _desk()
         desk.slots.beat()
         self._begun = desk.slots.keeper_beat
+        self._starts += 1
+        metrics.keeper_started(metrics.pool_name(_settings().queues), self._starts)
         inherited = [*desk.descriptors, _told().reader]
         if _spans is not None:
             inherited.append(_spans.out.fileno())

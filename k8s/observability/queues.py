@@ -165,9 +165,14 @@ PAGE = Page(
                     title="Processes started in the pool",
                     unit="ops",
                     says="Grows without a rollout: tasks crash, are killed at their limits, or leave memory behind."
-                    " The page about tasks says which.",
+                    " The page about tasks says which. Each keeper beyond the first of a worker is one that died or"
+                    " stalled.",
                     queries=(
                         Query(expr=rate("taskqueue_worker_child_starts_total", "pool", NAMESPACE), legend="{{pool}}"),
+                        Query(
+                            expr=rate("taskqueue_worker_keeper_starts_total", "pool", NAMESPACE),
+                            legend="keepers of {{pool}}",
+                        ),
                     ),
                 ),
                 Panel(

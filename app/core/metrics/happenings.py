@@ -37,6 +37,7 @@ _RUN = DISTRIBUTIONS["taskqueue_task_run_duration_seconds"]
 _END_TO_END = DISTRIBUTIONS["taskqueue_task_end_to_end_seconds"]
 _REDELIVERIES = COUNTS["taskqueue_task_redeliveries_total"]
 _CHILD_STARTS = COUNTS["taskqueue_worker_child_starts_total"]
+_KEEPER_STARTS = COUNTS["taskqueue_worker_keeper_starts_total"]
 _DROPPED = COUNTS["taskqueue_metric_events_dropped_total"]
 _RECOVERED = COUNTS["taskqueue_reconciler_recovered_total"]
 _WEBHOOK_ATTEMPTS = COUNTS["taskqueue_webhook_attempts_total"]
@@ -182,6 +183,12 @@ def redelivered(queue: str) -> None:
 def child_started(pool: str) -> None:
     """Count a process that a pool has started."""
     _CHILD_STARTS.count(pool)
+
+
+@event
+def keeper_started(pool: str, times: int) -> None:
+    """Show how many keepers a worker has started so far: its main process knows, which outlives them."""
+    _KEEPER_STARTS.reach(pool, value=times)
 
 
 @event

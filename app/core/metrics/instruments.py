@@ -59,6 +59,10 @@ class Counts:
                 self._names[labels] = _called(self._metric.name, zip(self._metric.labels, labels, strict=True))
             self._values[labels] = self._values.get(labels, 0.0) + by
 
+    def reach(self, *labels: str, value: float) -> None:
+        """Be this much at least: somebody else counts."""
+        self.count(*labels, by=max(0.0, value - self._values.get(labels, 0.0)))
+
     def lines(self) -> Iterable[Line]:
         """As `Instrument`."""
         with self._guard:

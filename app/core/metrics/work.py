@@ -218,6 +218,14 @@ WORKERS = (
         do="Grows without a rollout: tasks crash, are killed at their limits, or leave memory behind.",
     ),
     Metric(
+        name="taskqueue_worker_keeper_starts_total",
+        kind="counter",
+        labels=("pool",),
+        exported_by=(WORKER,),
+        says="Keepers that the worker has started. One looks after the pool, and claims and settles for it.",
+        do="More than one of a worker: it dies or stalls, and no task begins meanwhile. The worker's log says why.",
+    ),
+    Metric(
         name="taskqueue_task_time_limit_seconds",
         kind="gauge",
         labels=("queue",),

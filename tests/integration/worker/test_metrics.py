@@ -214,6 +214,21 @@ def test_messages_of_tasks_that_are_held_are_no_redeliveries(watched: Watched) -
     assert watched.grown("worker", "taskqueue_task_redeliveries_total") == 0
 
 
+def test_a_keeper_that_is_replaced_is_counted(watched: Watched) -> None:
+    name = "taskqueue_worker_keeper_starts_total"
+    before = watched.look("worker").total(name)
+    keeper = watched.running.process("worker").keeper()
+    assert keeper is not None
+    keeper.kill()
+
+    def counted() -> bool:
+        return answers(watched.ports["worker"]) and watched.look("worker").total(name) != before
+
+    wait_until(counted, SECONDS, "the next keeper")
+    assert watched.look("worker").total(name) == before + 1
+    watched.running.ends(watched.running.submit("sample.sleep", 0.0), SECONDS)
+
+
 def replace_children(watched: Watched, rounds: int) -> None:
     """Kill both children of the pool, and wait until they are replaced, so many times."""
     worker, name = watched.running.process("worker"), "taskqueue_worker_child_starts_total"

@@ -161,8 +161,9 @@ PAGE = Page(
                 Panel(
                     title="Put right",
                     unit="ops",
-                    says="`lost_message`: Redis lost data, look at its persistence and eviction. `stale_running`:"
-                    " workers die whole, look at the nodes. `stuck_outbox`: a message came late, as after an outage"
+                    says="`lost_message`: Redis lost data, look at its persistence and eviction; or workers were killed"
+                    " whole, with short tasks that they had taken ahead. `stale_running`: workers die whole, look at"
+                    " the nodes. `stuck_outbox`: a message came late, as after an outage"
                     " of Redis.",
                     queries=(
                         Query(

@@ -156,7 +156,8 @@ RELAYS = (
         exported_by=(RELAY,),
         says="What was put right: attempts whose lease ran out (`stale_running`), messages that Redis lost"
         " (`lost_message`), and rows that were due and had been left without one (`stuck_outbox`).",
-        do="`lost_message`: Redis lost data, look at its persistence and eviction. `stale_running`: workers die whole.",
+        do="`lost_message`: Redis lost data, look at its persistence and eviction; or workers were killed whole, with"
+        " short tasks that they had taken ahead. `stale_running`: workers die whole.",
     ),
 )
 WEBHOOKS = (

@@ -35,7 +35,7 @@ run: $(VENV)/.embedded ## Run everything here; Ctrl-C ends it. PORT and TASKQUEU
 
 .PHONY: test
 test: $(VENV)/.dev ## Run every test that needs no cluster
-	@exec $(BIN)/python -m pytest -n auto --dist loadscope $(PYTEST_ARGS)
+	@exec $(BIN)/python -m pytest -n auto --dist loadscope --max-worker-restart 0 $(PYTEST_ARGS)
 
 .PHONY: test-faults
 test-faults: $(VENV)/.dev ## Run every fault and all that is slow, one after another; FAULTS_SEED repeats a run

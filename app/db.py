@@ -20,6 +20,8 @@ from app.core import backoff, errors
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 STATEMENT_TIMEOUT_SECONDS = 10.0
+LOCK_TIMEOUT = "200ms"
+"""How long a statement for which others wait does so for a row that somebody has locked."""
 REVISION_POLL_SECONDS = 1.0
 
 PLANNER = {
@@ -49,16 +51,23 @@ _AWAY = (
     asyncpg.InternalClientError,  # the server's farewell was read just before the statement began
     asyncpg.PostgresError,  # all but those that `_refused` knows: starting up, full, cancelled, failed over, …
 )
-_REFUSALS = ("22", "23", "42")
+_DATA_REFUSALS = ("22", "23")
+_REFUSALS = (*_DATA_REFUSALS, "42")
 """Classes of SQLSTATE that blame the statement or its data: trying again would not help (PostgreSQL, appendix A)."""
+_LOCKED = "55P03"
+"""A lock was not to be had in time. Nothing is wrong with the connection."""
 
 
 _NOT_MIGRATED = ("42P01", "42703")
 """Undefined table and column: the migrations of this release have yet to run."""
 
 
+def _state(error: BaseException) -> str:
+    return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+
+
 def _refused(error: BaseException) -> bool:
-    state = (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+    state = _state(error)
     return state.startswith(_REFUSALS) and state not in _NOT_MIGRATED
 
 
@@ -92,7 +101,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: if Postgres can't be reached, can't serve now, or does not answer in time.
-                The statement may have been applied all the same.
+                The statement may have been applied all the same, but for `Locked`.
             StatementRefused: if it breaks a constraint, or its data can't be stored. Nothing was applied.
         """
         rows: list[Record] = await self._ask("fetch", sql, args)
@@ -137,8 +146,12 @@ class Database:
                 raise errors.StatementRefused(
                     f"Postgres refused a statement ({type(failed).__name__})",
                     constraint=getattr(failed, "constraint_name", None),
+                    of_data=_state(failed).startswith(_DATA_REFUSALS),
                 ) from failed
-            if getattr(failed, "sqlstate", None) in _NOT_MIGRATED:
+            if _state(failed) == _LOCKED:
+                answered = True
+                raise errors.Locked("Postgres did not give a lock in time") from failed
+            if _state(failed) in _NOT_MIGRATED:
                 raise errors.DatabaseUnavailable(
                     f"Postgres has not the tables of this release: run taskqueue migrate ({type(failed).__name__})"
                 ) from failed
@@ -191,7 +204,12 @@ class Database:
             connection: Connection = await asyncpg.connect(
                 self._dsn,
                 timeout=min(CONNECT_TIMEOUT_SECONDS, self._patience),
-                server_settings={"application_name": self._application_name, **PLANNER},
+                server_settings={
+                    "application_name": self._application_name,
+                    # What nobody waits for any more ends in Postgres, too: each try would leave a backend at work.
+                    "statement_timeout": f"{self._patience * 1000:.0f}",
+                    **PLANNER,
+                },
             )
         except BaseException as failed:
             self._take_back(None, broken=True)

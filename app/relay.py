@@ -185,9 +185,12 @@ class Relay:
             return 0
         batch = min(self._batch(queue, BATCH), room)
         after = self.walked_keys.get(queue, "")
-        bells, self.walked_keys[queue] = await lifecycle.let_go_round(
-            self.db, queue, after=after, keys=KEYS_AT_ONCE, limit=batch
-        )
+        try:
+            bells, self.walked_keys[queue] = await lifecycle.let_go_round(
+                self.db, queue, after=after, keys=KEYS_AT_ONCE, limit=batch
+            )
+        except errors.Locked:
+            return 0  # Somebody else is at it.
         await self._push(queue, bells)
         return len(bells)
 
@@ -261,7 +264,10 @@ class Relay:
         # Asked again: the question itself may have waited for the network, and the renewals beside it.
         for claim, spent in expired if self._connected_for(lease) else ():
             transition = lifecycle.decide(spent, lifecycle.Lost())
-            settled = await lifecycle.reap(self.db, claim, transition)
+            try:
+                settled = await lifecycle.reap(self.db, claim, transition)
+            except errors.Locked:
+                continue  # Until the next look. Nothing is wrong with the others.
             if settled is not None:
                 told = publisher.tell_of_attempt(settled, transition)
                 tally.count_attempt(settled.name, settled.queue, lifecycle.Lost(), settled, run_seconds=None)

@@ -57,15 +57,21 @@ class DatabaseUnavailable(TaskQueueError):
     """Postgres can't be reached, can't serve now, or did not answer in time."""
 
 
+class Locked(DatabaseUnavailable):
+    """A statement has waited for a lock for as long as it may. Others can be served."""
+
+
 class StatementRefused(TaskQueueError):
     """Postgres refused a statement for what it says: a constraint, or data that it can't hold.
 
-    `constraint` is the name of the constraint that was broken, if one was.
+    `constraint` is the name of the constraint that was broken, if one was. `of_data`: other data would have been
+    taken; otherwise it is the statement itself that Postgres does not take now, for want of a right, perhaps.
     """
 
-    def __init__(self, detail: str, *, constraint: str | None = None) -> None:
+    def __init__(self, detail: str, *, constraint: str | None = None, of_data: bool = True) -> None:
         super().__init__(detail)
         self.constraint = constraint
+        self.of_data = of_data
 
 
 class BrokerUnavailable(TaskQueueError):

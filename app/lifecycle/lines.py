@@ -10,7 +10,7 @@ what is running is counted from the rows that run.
 
 from collections.abc import Sequence
 
-from app.db import Database, Record
+from app.db import LOCK_TIMEOUT, Database, Record
 from app.lifecycle.values import Bell, bells_of
 
 BURST_SECONDS = 0.05
@@ -111,10 +111,12 @@ def _next_line(after: str) -> str:
     )
 
 
-# One after the other: two at once would let go the same number each. `$2`: at most so many.
+# One after the other: two at once would let go the same number each. Who waits for long leaves it to those before, or
+# to the next look. `$2`: at most so many.
 _ROOM = f"""
-WITH RECURSIVE alone AS MATERIALIZED (
-    SELECT pg_advisory_xact_lock(hashtextextended('taskqueue held ' || $1, 0)) IS NULL AS at_last
+WITH RECURSIVE patience AS MATERIALIZED (SELECT set_config('lock_timeout', '{LOCK_TIMEOUT}', true)
+), alone AS MATERIALIZED (
+    SELECT pg_advisory_xact_lock(hashtextextended('taskqueue held ' || $1, 0)) IS NULL AS at_last FROM patience
 ), setting AS MATERIALIZED (
     SELECT s.concurrency_limit, s.rate_count, s.rate_seconds,
            s.key_concurrency_limit, s.key_rate_count, s.key_rate_seconds,
@@ -212,6 +214,9 @@ async def let_go(db: Database, queue: str, *, key: str = "", limit: int) -> list
         queue: whose rows.
         key: of the task that has just ended.
         limit: rows at most.
+
+    Raises:
+        Locked: if somebody lets others of this queue go for longer than `LOCK_TIMEOUT`.
     """
     return _pushed(await db.fetch(_LET_GO, queue, limit, key, _NEXT_KEYS, key))
 
@@ -228,6 +233,9 @@ async def let_go_round(db: Database, queue: str, *, after: str, keys: int, limit
 
     Returns:
         What to push, and the key to go on after.
+
+    Raises:
+        Locked: as `let_go`.
     """
     rows = await db.fetch(_LET_GO, queue, limit, after, keys, None)
     walked_to = rows[0]["walked_to"] if rows else None

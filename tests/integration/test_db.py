@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -164,6 +164,44 @@ async def test_what_postgres_can_not_hold_is_refused_and_the_connection_stays(
 
     with pytest.raises(errors.StatementRefused):
         await database.execute(sql, *arguments)
+    assert await database.fetchval(BACKEND) == before
+
+
+async def test_a_statement_that_nobody_waits_for_any_more_ends_in_postgres_too(
+    settings: Settings, other: asyncpg.Connection
+) -> None:
+    short = Database(settings.postgres_dsn, max_connections=1, application_name="short", patience_seconds=0.5)
+
+    async def works() -> int:
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'short' AND state = 'active'"
+        return int(await other.fetchval(sql))
+
+    for _ in range(3):
+        with pytest.raises(errors.DatabaseUnavailable):
+            await short.fetchval("SELECT pg_sleep(60)")
+    async with other.transaction():
+        await other.execute("LOCK TABLE task")
+        for _ in range(3):
+            with pytest.raises(errors.DatabaseUnavailable):
+                await short.fetchval("SELECT count(*) FROM task")
+        await until(lambda: _is(works, 0), what="the end of all that was tried")
+    await short.close()
+
+
+async def _is(asked: Callable[[], Awaitable[int]], wanted: int) -> bool:
+    return await asked() == wanted
+
+
+async def test_a_lock_that_is_not_to_be_had_in_time_costs_no_connection(
+    database: Database, other: asyncpg.Connection
+) -> None:
+    before = await database.fetchval(BACKEND)
+    await other.execute("SELECT pg_advisory_lock(1)")
+    with pytest.raises(errors.Locked):
+        await database.fetchval(
+            "WITH patience AS (SELECT set_config('lock_timeout', '10ms', true))"
+            " SELECT pg_advisory_lock(1) FROM patience"
+        )
     assert await database.fetchval(BACKEND) == before
 
 

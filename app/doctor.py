@@ -20,8 +20,8 @@ from app.utils.sealing import Seal
 Level = Literal["ok", "risk", "bad"]
 OLDEST_POSTGRES = 150_000
 OLDEST_REDIS = (6, 2)
-CONNECTIONS_OF_ONE = {"api": 10, "relay": 8}
-"""Connections that one API and one relay may open; a worker opens one a child, and one for its keeper."""
+CONNECTIONS_OF_ONE = {"api": 10, "relay": 8, "keeper": 5}
+"""Connections that one API, one relay and the keeper of one worker may open; a worker opens one more for each child."""
 OVERDUE_SECONDS = 120.0
 
 
@@ -50,7 +50,7 @@ def judge_postgres(facts: Mapping[str, str], *, needed_revision: str, concurrenc
         say("bad", f"its tables are at {have}, not at {needed_revision}: run taskqueue migrate")
     if facts["in_recovery"] == "on":
         say("bad", "it is a standby and can't be written to: DATABASE_URL must name the primary")
-    needed = sum(CONNECTIONS_OF_ONE.values()) + concurrency + 1
+    needed = sum(CONNECTIONS_OF_ONE.values()) + concurrency
     if int(facts["max_connections"]) < needed:
         say("bad", f"max_connections is {facts['max_connections']}; one API, worker and relay need {needed}")
     return found + judge_durability(facts)

@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from app import delivery
 from app.core import tracing
 from app.core.statuses import TERMINAL, AttemptOutcome, TaskStatus
-from app.db import Database, Record
+from app.db import LOCK_TIMEOUT, Database, Record
 from app.lifecycle.lines import BURST_SECONDS, HOLD, IN_LINE, next_start
 from app.lifecycle.rules import Claim, Transition
 from app.lifecycle.values import Claimed, Lease, Log, Settled, budgets_of, settled_of
 
-LOCK_TIMEOUT = "200ms"
-"""How long a statement for which others wait does so for a row that somebody has locked."""
 LOCK_TIMEOUT_ALONE = "1s"
-"""How long one does that has a single row. It is tried again, but for so long it keeps a connection from others."""
+"""How long a claim does that comes alone. It is tried again, but for so long it keeps a connection from others."""
 EARLY_CLAIM_SECONDS = 1.0
 """How far ahead of `run_at` a claim may come: less than anybody can promise about a queue."""
 
@@ -32,6 +30,10 @@ def _start(attempts: str, token: str, worker: str, lease_seconds: str) -> str:
     return f"""
        SET status = 'STARTED', attempt = {attempts} + 1, token = {token}, worker = {worker}, started_at = now(),
            lease_until = now() + make_interval(secs => {lease_seconds})"""
+
+
+def _quick(lock_timeout: str) -> str:
+    return f"SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '{lock_timeout}', true)"
 
 
 def _may_start(task_id: str, name: str, attempts: str, token: str, early_seconds: str) -> str:
@@ -50,7 +52,7 @@ _TO_RUN = "queue, args, kwargs, failures, crashes, losses, refusals, max_retries
 _UNLIMITED = "(SELECT true FROM queue_setting s WHERE s.queue = task.queue) IS NULL"
 # They come in the order of their ids: two workers that are offered the same tasks then never wait for each other.
 _CLAIM = f"""
-WITH quick AS (SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', $8, true)),
+WITH quick AS ({_quick(LOCK_TIMEOUT)}),
 wanted AS (
     SELECT * FROM unnest($1::uuid[], $2::text[], $3::int[], $4::uuid[], $5::text[])
         AS w (wanted_id, wanted_name, attempts, by_token, by_worker)
@@ -66,11 +68,8 @@ wanted AS (
 _BEGUN = frozenset({TaskStatus.STARTED})
 _BEGINS = delivery.tells("CASE WHEN status <> 'STARTED' THEN 'STARTED' END", _BEGUN)
 _TELL = f"event_sequence = event_sequence + {_BEGINS}"
-_QUICK = (
-    f"SELECT set_config('synchronous_commit', 'off', true), set_config('lock_timeout', '{LOCK_TIMEOUT_ALONE}', true)"
-)
 _CLAIM_AND_TELL = f"""
-WITH quick AS ({_QUICK}),
+WITH quick AS ({_quick(LOCK_TIMEOUT_ALONE)}),
 claimed AS (
     UPDATE task {_START}, {_TELL} FROM quick {_MAY_START} AND {_UNLIMITED}
     RETURNING {delivery.told_columns()}, {_TO_RUN}, run_at
@@ -88,7 +87,7 @@ SELECT {_TO_RUN}, {_WAITED},
 # behind those that are held already; who was let go has his turn, and minds only who runs. A turn in the line of the
 # queue is none in that of a key.
 _CLAIM_ONE_BY_ONE = f"""
-WITH quick AS ({_QUICK}),
+WITH quick AS ({_quick(LOCK_TIMEOUT_ALONE)}),
 asked AS MATERIALIZED (
     SELECT t.queue, t.concurrency_key AS key, h.task_id IS NOT NULL AS in_turn,
            COALESCE(h.line <> '', false) AS in_turn_of_key,
@@ -200,7 +199,7 @@ async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: 
     a setting, or there is nothing to run.
 
     Raises:
-        DatabaseUnavailable: also if one of the rows is locked for longer than `LOCK_TIMEOUT`.
+        Locked: if one of the rows is for longer than `LOCK_TIMEOUT`.
     """
     some = sorted(wanted, key=lambda one: one.claim.task_id)
     rows = await db.fetch(
@@ -212,7 +211,6 @@ async def claim_plain(db: Database, wanted: Sequence[Wanted], *, lease_seconds: 
         [one.worker for one in some],
         lease_seconds,
         EARLY_CLAIM_SECONDS,
-        LOCK_TIMEOUT,
     )
     found = {row["by_token"]: row for row in rows}
     return [_claimed(one, row) if (row := found.get(one.claim.token)) else None for one in wanted]
@@ -222,7 +220,7 @@ async def claim_with_care(db: Database, wanted: Wanted, *, lease_seconds: float)
     """As `claim_or_hold`, for what `claim_plain` has passed over.
 
     Raises:
-        DatabaseUnavailable: also if its row, or a claim of its queue, keeps it waiting for `LOCK_TIMEOUT_ALONE`.
+        Locked: if its row, or a claim of its queue, keeps it waiting for `LOCK_TIMEOUT_ALONE`.
     """
     claim = wanted.claim
     arguments = (
@@ -303,7 +301,7 @@ _NEXT = "CASE WHEN cancel_requested AND next_status IN ('PENDING', 'RETRY') THEN
 _AGAIN = f"{_NEXT} IN ('PENDING', 'RETRY')"
 # An attempt that succeeded and logged nothing is known from the row of its task, and costs no more than that UPDATE.
 _SETTLE = f"""
-WITH patience AS (SELECT set_config('lock_timeout', $16, true)),
+WITH patience AS (SELECT set_config('lock_timeout', '{LOCK_TIMEOUT}', true)),
 given AS (
     SELECT * FROM unnest($1::uuid[], $2::int[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
                          $9::float8[], $10::text[], $11::text[], $12::text[], $13::int[])
@@ -378,21 +376,14 @@ async def settle(db: Database, held: Claim, transition: Transition, log: Log | N
     return settled
 
 
-async def settle_all(db: Database, done: Sequence[Done], *, patient: bool = True) -> list[Settled | None]:
+async def settle_all(db: Database, done: Sequence[Done]) -> list[Settled | None]:
     """As `settle`, for several at once, in their order: all of them or none.
 
-    Args:
-        db: where.
-        done: the attempts.
-        patient: wait longer for a row that somebody has locked.
-
     Raises:
-        DatabaseUnavailable: also if one of the rows is locked for longer than `LOCK_TIMEOUT`, or, if `patient`,
-            `LOCK_TIMEOUT_ALONE`.
+        Locked: if one of the rows is for longer than `LOCK_TIMEOUT`.
         StatementRefused: if what one of them has to say can't be stored.
     """
-    lock_timeout = LOCK_TIMEOUT_ALONE if patient else LOCK_TIMEOUT
-    rows = await _settle(db, done, own_hand=True, only_expired=False, lock_timeout=lock_timeout)
+    rows = await _settle(db, done, own_hand=True, only_expired=False)
     # A first copy of this statement may have been applied without an answer. Only a statement of its own,
     # with a new snapshot, sees what that copy wrote while this one waited for its lock.
     found = [
@@ -426,9 +417,7 @@ async def _settle_for(db: Database, held: Claim, transition: Transition, *, only
     return replace(settled_of(row), attempt=ended, began=row["started_at"])
 
 
-async def _settle(
-    db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool, lock_timeout: str = LOCK_TIMEOUT_ALONE
-) -> list[Record | None]:
+async def _settle(db: Database, done: Sequence[Done], *, own_hand: bool, only_expired: bool) -> list[Record | None]:
     some = sorted(done, key=lambda one: one.claim.task_id)
     why = [one.transition.error for one in some]
     rows = await db.fetch(
@@ -448,7 +437,6 @@ async def _settle(
         [one.log.dropped if one.log else 0 for one in some],
         own_hand,
         only_expired,
-        lock_timeout,
     )
     found = {row["of_token"]: row for row in rows}
     return [found.get(one.claim.token) for one in done]

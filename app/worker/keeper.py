@@ -29,7 +29,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -40,7 +40,7 @@ from app.broker import Broker
 from app.core import config, errors, metrics, stopping, telemetry
 from app.core.config import Settings
 from app.db import STATEMENT_TIMEOUT_SECONDS, Database
-from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, TimedOut
+from app.lifecycle import Budgets, Cancelled, Claim, Crashed, Interrupted, Lost, Outcome, Settled, TimedOut
 from app.worker import memory, recorder
 from app.worker.recorder import Recorder
 from app.worker.slots import Running, Slot, Slots
@@ -56,6 +56,9 @@ CANCEL_GRACE_SECONDS = 5.0
 """How long a task may go on after it was told of its cancel."""
 SETTLE_LAST_SECONDS = 10.0
 """How long the keeper stays, after the worker went, to settle what it left behind."""
+
+CONNECTIONS = recorder.CONNECTIONS + recorder.CONNECTIONS_ALONE + 1
+"""To Postgres, at most."""
 
 LAST_SPANS_SECONDS = 0.5
 """How long the keeper waits for the last spans once the worker went: they are there, unless a task left a process."""
@@ -127,7 +130,8 @@ class Keeper:
         self._worker_pid = worker_pid
         self._told_by_children = told
         self._name = f"{socket.gethostname()}/{worker_pid}"
-        self._db = Database(
+        # No claim and no settle keeps a renewal waiting.
+        self._leases = Database(
             settings.postgres_dsn,
             max_connections=1,
             application_name="taskqueue-keeper",
@@ -135,7 +139,6 @@ class Keeper:
             patience_seconds=max(1.0, min(STATEMENT_TIMEOUT_SECONDS, settings.lease_seconds / 3)),
         )
         self._broker = Broker(settings.redis_url.get_secret_value(), client_name="taskqueue-keeper", max_connections=1)
-        # Its connections are its own: no claim and no settle keeps a renewal waiting.
         self._recorder = Recorder(
             db=_recording(settings, worker_pid, recorder.CONNECTIONS),
             alone=_recording(settings, worker_pid, recorder.CONNECTIONS_ALONE),
@@ -175,7 +178,7 @@ class Keeper:
                 await self._leave()
             await self._recorder.close()
             await self._broker.close()
-            await self._db.close()
+            await self._leases.close()
 
     def _worker_lives(self) -> bool:
         return os.getppid() == self._worker_pid
@@ -225,7 +228,7 @@ class Keeper:
         if slot.running is not None:
             cause = await self._cause_of_death()
             # What it has asked for or reported comes first: it may have lived to see the end of this attempt.
-            await self._recorder.finish(slot.index)
+            await self._recorder.finish(slot.index, slot.running.claim)
             await self._settle(slot.running, cause)
         self._slots.free(slot.index)
 
@@ -249,11 +252,12 @@ class Keeper:
         return await db.insist(lambda: self._settle_once(running.claim, outcome, ran), what="the keeper")
 
     async def _settle_once(self, claim: Claim, outcome: Outcome, run_seconds: float | None) -> bool:
-        spent: Budgets | None = await lifecycle.budgets(self._db, claim)
-        if spent is None:
-            return False
-        transition = lifecycle.decide(spent, outcome)
-        settled = await lifecycle.settle_for(self._db, claim, transition)
+        async with self._in_turn() as alone:
+            spent: Budgets | None = await lifecycle.budgets(alone, claim)
+            if spent is None:
+                return False
+            transition = lifecycle.decide(spent, outcome)
+            settled = await lifecycle.settle_for(alone, claim, transition)
         if settled is None:
             return False
         name = type(outcome).__name__.lower()
@@ -263,6 +267,11 @@ class Keeper:
         if settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
         return True
+
+    @contextlib.asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[Database]:
+        async with self._recorder.turn:
+            yield self._recorder.alone
 
     def _kill(self, slot: Slot, claim: Claim) -> None:
         if self._slots.order_death(slot.index, claim):
@@ -286,7 +295,7 @@ class Keeper:
 
     async def _renew(self, running: dict[Claim, Slot], over: Sequence[Claim]) -> None:
         """Renew the leases of what runs, and of what is over and not yet written."""
-        held = await lifecycle.renew(self._db, [*running, *over], lease_seconds=self._settings.lease_seconds)
+        held = await lifecycle.renew(self._leases, [*running, *over], lease_seconds=self._settings.lease_seconds)
         leases = [lease for lease in held if lease.claim in running]
         # What is still being claimed is not judged, and a settle may just be done: only what is not held
         # twice running is superseded.
@@ -324,18 +333,22 @@ class Keeper:
         while not self._slots.stopping:
             busy = sum(slot.running is not None for slot in self._slots.all())
             try:
-                await lifecycle.announce(
-                    self._db, self._name, queues=self._settings.queues, slots=self._settings.concurrency, busy=busy
-                )
+                async with self._in_turn() as alone:
+                    await lifecycle.announce(
+                        alone, self._name, queues=self._settings.queues, slots=self._settings.concurrency, busy=busy
+                    )
             except errors.DatabaseUnavailable as away:
                 log.debug("nobody was told that this worker is there: %s", away)
+            except Exception:
+                log.exception("nobody was told that this worker is there")
             await asyncio.sleep(PRESENCE_SECONDS)
         await self._leave()
 
     async def _leave(self) -> None:
         # Without an answer it counts as there for a while longer, and nothing depends on that.
         with contextlib.suppress(errors.DatabaseUnavailable):
-            await lifecycle.leave(self._db, self._name)
+            async with self._in_turn() as alone:
+                await lifecycle.leave(alone, self._name)
 
     async def _serve_metrics(self) -> None:
         """Serve the worker's metrics from here: no fork copies this process's sockets and threads."""
@@ -366,10 +379,11 @@ class Keeper:
         await asyncio.Event().wait()
 
     async def _refuse(self, task_id: UUID, *, attempt: int, name: str, position: int) -> None:
-        settled = await db.insist(
-            lambda: lifecycle.refuse(self._db, task_id, attempt=attempt, name=name, position=position),
-            what="a refusal",
-        )
+        async def once() -> Settled | None:
+            async with self._in_turn() as alone:
+                return await lifecycle.refuse(alone, task_id, attempt=attempt, name=name, position=position)
+
+        settled = await db.insist(once, what="a refusal")
         if settled is not None and settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
 

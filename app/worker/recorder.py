@@ -30,6 +30,8 @@ from app.worker.spool import Place, Report, Spool
 
 CONNECTIONS = 2
 CONNECTIONS_ALONE = 2
+"""For what comes alone. All but claims take turns at one of them: the other is there for claims, however many rows
+somebody has locked."""
 BATCH = 100
 """Claims or reports of one statement at most."""
 SETTLES_APART_SECONDS = 0.004
@@ -167,11 +169,12 @@ class Recorder:
 
     Attributes:
         db: for what comes together, which waits for nobody: a connection for claims, and one for settles.
-        alone: for what may have to wait.
+        alone: for what may have to wait, `CONNECTIONS_ALONE` of them.
         broker: where ends are told.
         spool: where children report.
         door: where their lines come from.
         lease_seconds: of a claim.
+        turn: held by who asks `alone` for anything but a claim.
     """
 
     db: Database
@@ -180,6 +183,7 @@ class Recorder:
     spool: Spool
     door: socket.socket
     lease_seconds: float
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _claiming: set[_Asked] = field(default_factory=set)
     _reported: dict[Place, _Reported] = field(default_factory=dict)
     _claims: Lane[_Asked] = field(init=False)
@@ -187,6 +191,7 @@ class Recorder:
     _ends: Lane[Ended] = field(init=False)
     _started: set[asyncio.Task[Any]] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _rooms: dict[tuple[str, str], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._claims = Lane(self._claim)
@@ -227,14 +232,14 @@ class Recorder:
         """Whether nothing that was reported is left to write or to tell."""
         return not (self._reported or self._ends or self.spool.places())
 
-    async def finish(self, slot: int) -> None:
-        """Wait until nothing is left to do of what a dead child in this slot has asked for or reported."""
+    async def finish(self, slot: int, claim: Claim) -> None:
+        """Wait until nothing is left to do of what a dead child in this slot has asked for or reported of `claim`."""
         self.look()
         for place in self.spool.places():
             if place.slot == slot and place not in self._reported:
                 log.error("a report of a dead process can't be read, and is dropped")
                 self.spool.free(place)
-        while any(place.slot == slot for place in self._reported) or any(one.slot == slot for one in self._claiming):
+        while claim in self.unsettled() or any(one.wanted.claim == claim for one in self._claiming):
             self._changed.clear()
             await self._changed.wait()
 
@@ -326,7 +331,7 @@ class Recorder:
 
     async def _settle(self, some: Sequence[_Reported]) -> None:
         try:
-            settled = await lifecycle.settle_all(self.db, [_done(one.report) for one in some], patient=False)
+            settled = await lifecycle.settle_all(self.db, [_done(one.report) for one in some])
         except Exception as failed:  # noqa: BLE001  # each of them is tried alone
             log.debug("attempts are settled one by one: %s", failed)
             for one in some:
@@ -338,11 +343,26 @@ class Recorder:
 
     async def _settle_alone(self, one: _Reported) -> None:
         try:
-            done = _done(one.report)
-            settled = await db.insist(lambda: lifecycle.settle_all(self.alone, [done]), what="a settle")
+            settled = await self._insist_on(_done(one.report))
         except Exception as failed:  # noqa: BLE001  # whatever it is, the task ends
-            settled = [await self._settle_unfit(one, failed)]
-        self._tell(one, settled[0])
+            settled = await self._settle_unfit(one, failed)
+        self._tell(one, settled)
+
+    async def _insist_on(self, done: Done) -> Settled | None:
+        """Settle an attempt, however long it takes. Raises StatementRefused if its data can't be stored."""
+
+        async def once() -> Settled | None:
+            try:
+                async with self.turn:
+                    [settled] = await lifecycle.settle_all(self.alone, [done])
+            except errors.StatementRefused as refused:
+                if refused.of_data:
+                    raise
+                # The statement is always the same: the attempt is not to blame, and its end must not be lost.
+                raise errors.DatabaseUnavailable(str(refused)) from refused
+            return settled
+
+        return await db.insist(once, what="a settle")
 
     async def _settle_unfit(self, one: _Reported, failed: Exception) -> Settled | None:
         """What can't be stored ends the task all the same; else it would be run again and again."""
@@ -354,7 +374,7 @@ class Recorder:
         kind = "ResultNotSerializable" if isinstance(one.report.outcome, Succeeded) else "OutcomeNotStorable"
         try:
             transition = lifecycle.decide(one.report.budgets, Failed(Error(type=kind, message=str(failed))))
-            return await db.insist(lambda: lifecycle.settle(self.alone, claim, transition), what="a settle")
+            return await self._insist_on(Done(claim, transition))
         except Exception:
             # Whatever Postgres has against it. The attempt ends with its lease.
             log.exception("nor can it be stored that task %s has failed", claim.task_id)
@@ -375,7 +395,26 @@ class Recorder:
         if settled.ended is not None:
             self._ends.put(settled.ended)
         if report.limited_with is not None:
-            self._start(publisher.let_go(self.alone, self.broker, report.queue, report.limited_with))
+            self._make_room(report.queue, report.limited_with)
+
+    def _make_room(self, queue: str, key: str) -> None:
+        """Have those start for which an end has made room, unless somebody is about to look."""
+        looks = (queue, key) in self._rooms
+        self._rooms[queue, key] = looks
+        if not looks:
+            self._start(self._let_go(queue, key))
+
+    async def _let_go(self, queue: str, key: str) -> None:
+        again = True
+        while again:
+            self._rooms[queue, key] = False
+            try:
+                async with self.turn:
+                    await publisher.let_go(self.alone, self.broker, queue, key)
+            except Exception:
+                log.exception("nobody was let go in %s; a relay looks again", queue)
+            again = self._rooms[queue, key]
+        del self._rooms[queue, key]
 
     async def _announce(self, ended: Sequence[Ended]) -> None:
         await publisher.announce_ends(self.broker, ended)

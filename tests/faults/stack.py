@@ -35,6 +35,7 @@ from app.core.config import Settings
 from app.dev import ports
 from app.dev.embedded import NAME, EmbeddedPostgres, EmbeddedRedis
 from app.dev.running import RunningServer
+from app.worker import keeper
 from tests.faults import audit
 from tests.support.fault_tasks import LEDGER_VARIABLE
 from tests.support.proxy import Proxy
@@ -470,7 +471,7 @@ class Stack:
         if self.depth():
             yield f"I8: {self.depth()} messages are left in Redis"
         concurrency = int(self.service.environment["TASKQUEUE_CONCURRENCY"])
-        most = len(self.workers) * (concurrency + 1) + len(self.relays) * 8 + API_CONNECTIONS
+        most = len(self.workers) * (concurrency + keeper.CONNECTIONS) + len(self.relays) * 8 + API_CONNECTIONS
         [row] = self.fetch("SELECT count(*) AS n FROM pg_stat_activity WHERE application_name LIKE 'taskqueue%'")
         if row["n"] > most:
             yield f"I8: {row['n']} connections to Postgres, of {most}"

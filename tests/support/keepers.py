@@ -50,11 +50,20 @@ def alone(settings: Settings, desk: Desk, worker_pid: int, log: Path) -> Iterato
             print(log.read_text())  # noqa: T201  # pytest shows it with a failure only
 
 
-def occupy(desk: Desk, pid: int, claim: Claim, *, limit_seconds: float) -> None:
-    """Take the first slot as a process with this pid would have, which was started at another time."""
-    born = slots._look_up(pid)[1] - 1
-    times = 1.0, limit_seconds, 0.0
+def occupy(
+    desk: Desk,
+    pid: int,
+    claim: Claim,
+    *,
+    limit_seconds: float,
+    slot: int = 0,
+    started: float = 1.0,
+    lives: bool = False,
+) -> None:
+    """Take a slot as a process with this pid would have; unless it lives, as one that was started at another time."""
+    born = slots._look_up(pid)[1] - (not lives)
+    times = started, limit_seconds, 0.0
     record = slots._RECORD.pack(pid, born, claim.task_id.bytes, claim.attempt, claim.token.bytes, *times)
-    start = slots._HEADER
+    start = slots._HEADER + slot * slots._SLOT
     raw = record + slots._SUM.pack(zlib.crc32(record))
     desk.slots._memory[start : start + len(raw)] = raw

@@ -171,6 +171,48 @@ def test_a_keeper_that_comes_when_its_worker_has_gone_ends_soon(settings: Settin
         assert keeper.wait(8) == 0
 
 
+HANG_ENDS = (
+    """
+    CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER hang AFTER UPDATE ON task DEFERRABLE INITIALLY DEFERRED FOR EACH ROW
+    WHEN (NEW.status <> 'STARTED') EXECUTE FUNCTION hang()
+    """,
+)
+
+
+@pytest.fixture
+def child() -> Iterator[int]:
+    """The id of a process that lives."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process.pid
+        process.kill()
+
+
+async def test_leases_are_renewed_while_the_ends_of_others_hang(
+    settings: Settings, desk: Desk, child: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASKQUEUE_LEASE_SECONDS", "3")
+    async with database.opened(settings) as db:
+        overdue = [await database.started(db, await database.submitted(db)) for _ in range(desk.slots.count - 1)]
+        healthy = (await database.started(db, await database.submitted(db), lease_seconds=10.0)).claim
+        for statement in HANG_ENDS:
+            await db.execute(statement)
+        for slot, one in enumerate(overdue, 1):
+            occupy(desk, child, one.claim, limit_seconds=0.1, slot=slot, lives=True)
+        occupy(desk, child, healthy, limit_seconds=0.0, started=time.monotonic(), lives=True)
+
+        async def renewed() -> bool:
+            sql = "SELECT lease_until - now() AS left, lease_until - started_at AS held FROM task WHERE id = $1"
+            [(left, held)] = await db.fetch(sql, healthy.task_id)
+            assert left.total_seconds() > 0.0
+            return bool(held.total_seconds() > 18.0)
+
+        with alone(settings, desk, os.getpid(), tmp_path / "log"):
+            await until(renewed, 60, "renewals of many seconds")
+
+
 async def test_a_keeper_goes_on_with_refusals_after_lines_it_cannot_use(
     settings: Settings, desk: Desk, tmp_path: Path
 ) -> None:

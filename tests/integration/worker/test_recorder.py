@@ -184,6 +184,77 @@ async def test_a_report_that_postgres_refuses_whatever_it_says_ends_no_keeper(
     assert (await database.row(db, refused.claim.task_id))["status"] == "STARTED"
 
 
+async def test_an_end_that_postgres_refuses_for_want_of_a_right_is_written_when_it_has_it(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    claimed = await database.started(db, await database.submitted(db))
+    for statement in REFUSE_ENDS:
+        sql = statement.replace("check_violation", "insufficient_privilege").replace("sample.sleep", "sample.echo")
+        await db.execute(sql)
+    assert desk.spool.put(0, report(claimed).encode()) is not None
+
+    with alone(settings, desk, os.getpid(), tmp_path / "log"):
+        log = tmp_path / "log"
+        await until(lambda: "a settle waits for Postgres" in log.read_text(), what="the first refusal")
+        assert desk.spool.places()
+        await db.execute("DROP TRIGGER refuse ON task")
+        await until(lambda: not desk.spool.places(), what="an empty spool")
+
+    row = await database.row(db, claimed.claim.task_id)
+    assert (row["status"], row["result"], row["attempt"]) == ("SUCCESS", '"done"', 1)
+
+
+async def test_a_locked_row_of_an_earlier_task_of_a_dead_child_keeps_its_present_one_from_nothing(
+    settings: Settings, desk: Desk, db: Database, gone: int, tmp_path: Path
+) -> None:
+    before, present = [await database.started(db, await database.submitted(db)) for _ in range(2)]
+    rival = await asyncpg.connect(settings.postgres_dsn)
+    try:
+        async with rival.transaction():
+            await rival.execute("SELECT FROM task WHERE id = $1 FOR UPDATE", before.claim.task_id)
+            assert desk.spool.put(0, report(before).encode()) is not None
+            occupy(desk, gone, present.claim, limit_seconds=0.0)
+            with alone(settings, desk, os.getpid(), tmp_path / "log"):
+                await until(lambda: not desk.slots.all(), what="the burial")
+                assert (await database.row(db, present.claim.task_id))["crashes"] == 1
+                assert desk.spool.places()
+                await rival.execute("ROLLBACK")
+                await until(lambda: not desk.spool.places(), what="the end of the one before")
+    finally:
+        await rival.close()
+    assert (await database.row(db, before.claim.task_id))["status"] == "SUCCESS"
+
+
+async def test_claims_of_a_limited_queue_do_not_wait_for_ends_that_have_to(
+    settings: Settings, desk: Desk, db: Database, tmp_path: Path
+) -> None:
+    ended = [await database.started(db, await database.submitted(db)) for _ in range(10)]
+    told = replace(report(await database.started(db, await database.submitted(db))), limited_with="")
+    for queue in ("default", "limited"):
+        await lifecycle.limit_queue(db, queue, lifecycle.Limits(concurrency=50))
+    tasks = [await database.submitted(db, queue="limited") for _ in range(5)]
+    line = Line(desk.door, desk.spool, desk.slots.occupy())
+    rival = await asyncpg.connect(settings.postgres_dsn)
+    try:
+        async with rival.transaction():
+            await rival.fetch("SELECT FROM task WHERE id = ANY ($1) FOR UPDATE", [one.claim.task_id for one in ended])
+            # Whoever lets the next ones go of a queue that a task has left waits for this, too.
+            await rival.execute("SELECT pg_advisory_xact_lock(hashtextextended('taskqueue held default', 0))")
+            with alone(settings, desk, os.getpid(), tmp_path / "log"):
+                for one in (told, *map(report, ended)):
+                    assert desk.spool.put(0, one.encode()) is not None
+                await until(lambda: len(desk.spool.places()) == len(ended), what="the one that is not locked")
+                async with asyncio.timeout(5):
+                    for task_id in tasks:
+                        wanted = Wanted(Claim(task_id, 1, uuid4()), "sample.echo", "test")
+                        assert isinstance(await aside(line.claim, wanted), Claimed)
+                await rival.execute("ROLLBACK")
+                await until(lambda: not desk.spool.places(), 20, what="the last end")
+    finally:
+        await rival.close()
+        line.hang_up()
+
+
 async def test_rows_that_somebody_has_locked_keep_no_other_waiting(
     settings: Settings, desk: Desk, db: Database, tmp_path: Path
 ) -> None:

@@ -1,10 +1,11 @@
 """Signals wait while a claim or a settle is on the wire.
 
-A pool child is told to stop (SIGTERM), or that its task is cancelled or past its
-soft limit (SIGUSR1), by exceptions that Python raises between two instructions of the main thread. In
-the middle of a claim that would leave an attempt that nobody runs; in the middle
-of a settle, an outcome that nobody knows. So signals are held for the whole of an
-attempt, but for the stretch in which the task's own code runs.
+A pool child is told to stop (SIGTERM; SIGHUP or SIGQUIT by a terminal), or that
+its task is cancelled or past its soft limit (SIGUSR1), by exceptions that Python
+raises between two instructions of the main thread. In the middle of a claim that
+would leave an attempt that nobody runs; in the middle of a settle, an outcome that
+nobody knows. So signals are held for the whole of an attempt, but for the stretch
+in which the task's own code runs.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-HELD = (signal.SIGTERM, signal.SIGUSR1)
+HELD = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 _holding = False
 _waiting: list[int] = []

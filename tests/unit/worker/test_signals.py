@@ -7,6 +7,8 @@ import pytest
 
 from app.worker import signals
 
+ALL = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+
 
 class Stop(BaseException):
     """What a handler raises, as the pool's does."""
@@ -14,7 +16,7 @@ class Stop(BaseException):
 
 @pytest.fixture
 def handled() -> Iterator[list[int]]:
-    """SIGTERM and SIGUSR1 raise `Stop` and are noted here."""
+    """All of them raise `Stop` and are noted here."""
     seen: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -22,7 +24,7 @@ def handled() -> Iterator[list[int]]:
         seen.append(number)
         raise Stop
 
-    before = {number: signal.signal(number, handler) for number in signals.HELD}
+    before = {number: signal.signal(number, handler) for number in ALL}
     yield seen
     signals.release()
     for number, previous in before.items():
@@ -33,14 +35,15 @@ def kill(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_a_signal_waits_for_the_release(handled: list[int]) -> None:
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_waits_for_the_release(handled: list[int], number: int) -> None:
     signals.hold()
-    kill(signal.SIGTERM)
+    kill(number)
     assert handled == []
 
     with pytest.raises(Stop):
         signals.release()
-    assert handled == [signal.SIGTERM]
+    assert handled == [number]
 
 
 def test_a_signal_reaches_the_code_that_it_is_let_through_to(handled: list[int]) -> None:

@@ -7,6 +7,7 @@ repeated somebody's tasks.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -438,6 +439,15 @@ def _turn_cold(how: str = "", **_: Any) -> None:
         timer.start()
 
 
+def _end_cold(worker: Any) -> None:
+    """Celery says that it shuts down cold when it has ended the children; they are to know why they are ended."""
+    _desk().slots.announce_stop()
+    worker_command.on_cold_shutdown(worker)
+
+
+worker_command.install_worker_term_hard_handler = functools.partial(
+    worker_command.install_worker_term_hard_handler, callback=_end_cold
+)
 app.on_after_configure.connect(_register_tasks)
 signals.setup_logging.connect(_keep_logging)
 signals.worker_process_init.connect(_start_child)

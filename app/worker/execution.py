@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn, Protocol
 from uuid import UUID, uuid4
 
-from billiard.common import terminate_handler_fired
+from billiard.common import clear_terminate_handler_fired, terminate_handler_fired
 from celery import Task
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
@@ -42,6 +43,10 @@ PROGRESS_INTERVAL_SECONDS = 0.5
 PROGRESS_MESSAGE_LIMIT = 500
 DYING_SECONDS = 5.0
 """How long a child waits for the keeper to kill it, after the death of its attempt was ordered."""
+STOP_HEARD_SECONDS = 2.0
+"""How long a child that was told to stop waits to hear that its worker was told as well: a process manager that tells
+all processes of a group does not tell the worker's main process first."""
+STOP_LOOK_SECONDS = 0.01
 
 log = logging.getLogger(__name__)
 
@@ -323,6 +328,8 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
     global _running  # noqa: PLW0603  # one at a time
     # Celery computes the backoff from this; crashes and releases must not lengthen it.
     task.request.retries = claimed.budgets.failures
+    # A signal that an earlier task has survived is no matter of this one.
+    clear_terminate_handler_fired()
     _running = _Attempt(claimed, time.monotonic(), _Progress(bridge.current(), claimed.claim))
     try:
         arguments = _bound(task, claimed)
@@ -340,9 +347,27 @@ def _perform(task: DurableTask, claimed: Claimed) -> Outcome:
     except Exception as raised:  # noqa: BLE001  # whatever user code raises is its outcome
         return Failed(_describe(raised))
     except BaseException as raised:  # noqa: BLE001  # sys.exit() in a task must not take the worker along
-        return Interrupted() if terminate_handler_fired() else Failed(_describe(raised))
+        return _told_to_stop() if terminate_handler_fired() else Failed(_describe(raised))
     finally:
         _running = None
+
+
+def _told_to_stop() -> Interrupted:
+    """What a signal to end this process means to the attempt: it is handed back if the worker stops.
+
+    If it does not, the task has ended its own process, as libraries do that stop the server they believe to run in.
+    Handed back, it would do so for ever. So this process dies like any other that a task has ended: its slot still
+    shows the attempt, and the keeper settles it.
+    """
+    slots = _seated().desk.slots
+    until = time.monotonic() + STOP_HEARD_SECONDS
+    while not slots.stopping:
+        if time.monotonic() > until:
+            log.error("this process was told to stop, and not by its worker: it dies, as if the task had ended it")
+            os.kill(os.getpid(), signal.SIGKILL)
+            _await_death()
+        time.sleep(STOP_LOOK_SECONDS)
+    return Interrupted()
 
 
 @dataclass(frozen=True, slots=True)

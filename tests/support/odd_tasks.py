@@ -1,5 +1,6 @@
 """Tasks that do what tasks should not, for the tests of the worker."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -128,6 +129,22 @@ def limited() -> None:
 def quit_() -> None:
     """Leave without a word."""
     os._exit(0)
+
+
+@task("odd.signal_yourself")
+def signal_yourself(name: str) -> None:
+    """Send this process a signal, as libraries do that end their own server."""
+    os.kill(os.getpid(), signal.Signals[name])
+    time.sleep(60)
+
+
+@task("odd.ignore_signals_to_yourself")
+def ignore_signals_to_yourself() -> int:
+    """The same, but survive it; returns the process's id."""
+    with contextlib.suppress(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    return os.getpid()
 
 
 @task("odd.stop_yourself")

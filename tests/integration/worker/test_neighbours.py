@@ -68,6 +68,28 @@ def test_the_neighbours_of_a_task_that_kills_its_process_are_not_billed(running:
     beside.end_well()
 
 
+@pytest.mark.usefixtures("worker")
+def test_a_task_that_tells_its_own_process_to_stop_has_ended_it(running: Service, tmp_path: Path) -> None:
+    beside = innocents(running, tmp_path, CHILDREN - 3)
+    poisons = [running.submit("odd.signal_yourself", name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT")]
+
+    for poison in poisons:
+        assert outcome(running.ends(poison, 60)) == ("FAILURE", "WorkerLost", 3)
+        assert spent(running, poison) == [0, 3, 0]
+    beside.end_well()
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_signal_that_a_task_has_survived_is_no_matter_of_the_next_one(running: Service, tmp_path: Path) -> None:
+    beside = innocents(running, tmp_path)  # so that the two run in the same process
+    survivor, next_one = running.submit("odd.ignore_signals_to_yourself"), running.submit("odd.raise", "exit")
+
+    assert outcome(running.ends(survivor)) == ("SUCCESS", None, 1)
+    assert outcome(running.ends(next_one)) == ("FAILURE", "SystemExit", 1)
+    assert running.result(survivor) == {"result": running.child_of(next_one).pid}
+    beside.end_well()
+
+
 @contextlib.contextmanager
 def memory_cgroup(mebibytes: int) -> Iterator[Path]:
     """A memory cgroup within this process's own, in either version. Skips the test where none can be made."""

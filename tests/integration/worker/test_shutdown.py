@@ -1,5 +1,6 @@
 """How a worker ends, by signal and by force, and what becomes of what it ran."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from tests.integration.worker.conftest import outcome, spent
 from tests.support.service import Process, Service
-from tests.support.waiting import wait_until
+from tests.support.waiting import lasting, wait_until
 
 
 @pytest.fixture
@@ -64,6 +66,49 @@ def test_a_task_that_outlives_the_grace_runs_elsewhere_within_seconds_at_no_cost
     for view in views:
         assert (view["status"], view["attempt"], view["failures"]) == ("SUCCESS", 2, 0)
     assert "lost" not in worker.log.read_text()
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_task_of_a_worker_that_stops_at_once_is_handed_back(
+    running: Service, worker: Process, whole_group: bool
+) -> None:
+    task_id = running.submit("sample.sleep", 4.0)
+    running.reaches(task_id, "STARTED")
+    successor = running.start("worker")
+    try:
+        if whole_group:
+            # As where a process manager tells every process of a unit by itself.
+            os.killpg(worker.pid, signal.SIGTERM)
+        else:
+            worker.signal(signal.SIGQUIT)
+        worker.wait(8)
+        view = running.ends(task_id)
+    finally:
+        successor.stop()
+
+    assert outcome(view) == ("SUCCESS", None, 2)
+    assert spent(running, task_id) == [0, 0, 0]
+
+
+def test_a_task_of_a_worker_that_hears_of_its_stop_later_than_its_children_is_handed_back(
+    running: Service, worker: Process
+) -> None:
+    task_id = running.submit("sample.sleep", 4.0)
+    running.reaches(task_id, "STARTED")
+    successor = running.start("worker")
+    try:
+        worker.signal(signal.SIGSTOP)
+        running.child_of(task_id).send_signal(signal.SIGTERM)
+        lasting(0.5)
+        worker.signal(signal.SIGTERM)
+        worker.signal(signal.SIGCONT)
+        worker.wait(8)
+        view = running.ends(task_id)
+    finally:
+        successor.stop()
+
+    assert outcome(view) == ("SUCCESS", None, 2)
+    assert spent(running, task_id) == [0, 0, 0]
 
 
 def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(running: Service) -> None:

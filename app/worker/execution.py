@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NoReturn, Protocol
 from uuid import UUID, uuid4
@@ -29,7 +30,7 @@ from celery.result import AsyncResult
 from opentelemetry.trace import Span
 
 from app import broker, lifecycle
-from app.core import backoff, errors, metrics, telemetry, tracing
+from app.core import backoff, errors, limits, metrics, telemetry, tracing
 from app.lifecycle import Cancelled, Claim, Claimed, Error, Failed, Interrupted, Misfit, Outcome, RetryAsked, Succeeded
 from app.worker import bridge, memory, signals
 from app.worker.desk import Desk
@@ -132,6 +133,11 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
             max_retries: fewer retries than the task has, for this cause.
             automatic: set for `autoretry_for`, whose countdown is the cap under which the wait is drawn.
             options: not supported.
+
+        Raises:
+            TypeError: if it is asked for what is not supported, or for what is no number.
+            ValueError: if a number is none.
+            OverflowError: if `max_retries` is infinite, or `countdown` an integer of hundreds of digits.
         """
         if args is not None or kwargs is not None or options:
             raise TypeError("retry() keeps the task's arguments and options")
@@ -143,10 +149,13 @@ class DurableTask(Task):  # type: ignore[misc]  # Celery ships no types
             countdown = (aware - datetime.now(UTC)).total_seconds()
         if automatic and self.full_jitter and countdown is not None:
             countdown = backoff.full_jitter(countdown)
-        delay = self.default_retry_delay if countdown is None else countdown
         # What is no number is an error of the task's here, and nobody's elsewhere.
-        most = None if max_retries is None else int(max_retries)
-        again = RetryLater(cause, max(0.0, float(delay)), most)
+        delay = float(self.default_retry_delay if countdown is None else countdown)
+        if math.isnan(delay):
+            raise ValueError("countdown must be a number of seconds")
+        # No task has more, and nobody can write down a number of any length.
+        most = None if max_retries is None else min(max(0, int(max_retries)), limits.MAX_RETRIES)
+        again = RetryLater(cause, max(0.0, delay), most)
         if throw:
             raise again from cause
         return again
@@ -446,7 +455,13 @@ def _report(  # noqa: PLR0917  # all that is known of an attempt
         run_seconds=run_seconds,
     )
     traced = span.is_recording()
-    status = here.line.report(report, wait=traced)
+    try:
+        status = here.line.report(report, wait=traced)
+    except (TypeError, ValueError) as unfit:
+        # Nothing has been said yet. Without a word, the task would run again when its lease ends, and again.
+        log.exception("the outcome of task %s can't be reported", claimed.claim.task_id)
+        outcome = Failed(Error(type="OutcomeNotStorable", message=f"The outcome can't be written down: {unfit}"))
+        status = here.line.report(replace(report, outcome=outcome), wait=traced)
     # Of an attempt that was superseded, whoever ended it has told.
     if traced and status is not None:
         transition = lifecycle.decide(claimed.budgets, outcome)

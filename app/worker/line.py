@@ -169,6 +169,9 @@ class Line:
 
         Returns:
             With `wait`, where the task went; None if the attempt was superseded, and without `wait`.
+
+        Raises:
+            TypeError, ValueError: if it can't be written down (`Report.encode`, `Spool.put`): then it is not reported.
         """
         place = self._put(report.encode())
         try:

@@ -63,7 +63,12 @@ class Report:
     run_seconds: float
 
     def encode(self) -> bytes:
-        """As bytes: the result stands behind the rest, as it is."""
+        """As bytes: the result stands behind the rest, as it is.
+
+        Raises:
+            TypeError: if something in it is no JSON.
+            ValueError: if it is a number of too many digits.
+        """
         claim, budgets = self.claim, self.budgets
         kind, said, result = _said(self.outcome)
         head = json.dumps(

@@ -13,6 +13,7 @@ from celery import current_task
 from celery.exceptions import SoftTimeLimitExceeded
 
 from app.catalog import task
+from app.worker.execution import RetryLater
 
 
 @task("odd.result")
@@ -167,9 +168,23 @@ def retry_as_often(most: str) -> None:
     raise current_task.retry(countdown=0, max_retries=most, exc=KeyError("again"))
 
 
+@task("odd.retry_very_often", max_retries=1)
+def retry_very_often() -> None:
+    """Ask for a retry by hand, more often than anybody can write down."""
+    raise current_task.retry(countdown=0, max_retries=10**5000, exc=KeyError("again"))
+
+
+@task("odd.retry_unspeakably", max_retries=2)
+def retry_unspeakably(kind: str) -> None:
+    """Ask for a retry past `retry()`, which looks at what it is given."""
+    kinds: dict[str, tuple[object, object]] = {"digits": (0.0, 10**5000), "object": (object(), 1)}
+    delay, most = kinds[kind]
+    raise RetryLater(KeyError("again"), delay, most)  # type: ignore[arg-type]  # that is what is odd of it
+
+
 @task("odd.retry_late", max_retries=2)
 def retry_late(countdown: str) -> None:
-    """Ask for a retry so far away that no clock has a date for it. A text, because JSON has no infinity."""
+    """Ask for a retry at a time for which no clock has a date. A text, because JSON has no infinity."""
     raise current_task.retry(countdown=float(countdown))
 
 

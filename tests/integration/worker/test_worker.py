@@ -159,6 +159,28 @@ def test_how_often_to_retry_may_be_a_text_and_what_is_no_number_fails_its_own_ta
     assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", *ending)
 
 
+def test_a_retry_more_often_than_anybody_can_write_down_is_one_as_often_as_the_task_has(running: Service) -> None:
+    view = running.ends(running.submit("odd.retry_very_often"))
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "KeyError", 2)
+
+
+@pytest.mark.parametrize("kind", ["digits", "object"])
+def test_an_outcome_that_can_t_be_reported_ends_its_task_and_not_its_worker(running: Service, kind: str) -> None:
+    task_id = running.submit("odd.retry_unspeakably", kind)
+
+    view = running.ends(task_id)
+
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "OutcomeNotStorable", 1)
+    assert running.value("SELECT ARRAY[failures, crashes, losses] FROM task WHERE id = $1", task_id) == [1, 0, 0]
+    assert running.child_of(task_id).is_running(), "the process that ran it lives on"
+
+
+def test_a_retry_at_no_time_fails_its_own_task(running: Service) -> None:
+    view = running.ends(running.submit("odd.retry_late", "nan"))
+    assert (view["status"], view["error"]["type"], view["attempt"]) == ("FAILURE", "ValueError", 1)
+    assert view["error"]["message"] == "countdown must be a number of seconds"
+
+
 @pytest.mark.parametrize("countdown", ["inf", "1e13"])
 def test_a_retry_in_the_far_future_waits_for_a_year_and_is_no_crash(running: Service, countdown: str) -> None:
     task_id = running.submit("odd.retry_late", countdown)

@@ -292,6 +292,12 @@ def test_a_dead_keeper_is_replaced_and_the_task_that_ran_is_not_disturbed(runnin
 def test_a_killed_child_is_a_crash_and_its_neighbour_is_not_disturbed(running: Service) -> None:
     others = "SELECT count(*) = 0 FROM task WHERE status = 'STARTED'"
     wait_until(lambda: running.value(others), 20, "the end of what other tests left running")
+    pool = running.process("worker")
+    wait_until(
+        lambda: sum(one.status() != psutil.STATUS_ZOMBIE for one in pool.children()) == 2,
+        20,
+        "successors of what other tests have killed",
+    )
     victim, neighbour = [running.submit("sample.sleep", 3.0) for _ in range(2)]
     for task_id in (victim, neighbour):
         running.reaches(task_id, "STARTED")

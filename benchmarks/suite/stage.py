@@ -33,6 +33,7 @@ PEERS = Path(sys.prefix) / "peers" / "bin" / "python"
 """The interpreter of the peers' environment."""
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
+CLEAR_TRIES = 5
 SIDES = ("ours", "tutorial", "celery", "celery-results", "procrastinate", "arq", "taskiq", "dramatiq", "bare")
 """Who has databases here; the place of each is the number of its Redis database."""
 
@@ -241,7 +242,15 @@ class Stage:
             await broker.flushdb()
         if tables:
             async with self.connection(side) as connection:
-                await connection.execute(f"TRUNCATE {', '.join(tables)} CASCADE")
+                for left in reversed(range(CLEAR_TRIES)):
+                    try:
+                        await connection.execute(f"TRUNCATE {', '.join(tables)} CASCADE")
+                    except asyncpg.DeadlockDetectedError:
+                        # A process of the side looks at the same tables, in another order.
+                        if not left:
+                            raise
+                    else:
+                        break
 
 
 def _database(side: str) -> str:

@@ -29,7 +29,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -252,7 +252,7 @@ class Keeper:
         return await db.insist(lambda: self._settle_once(running.claim, outcome, ran), what="the keeper")
 
     async def _settle_once(self, claim: Claim, outcome: Outcome, run_seconds: float | None) -> bool:
-        async with self._in_turn() as alone:
+        async with self._recorder.in_turn() as alone:
             spent: Budgets | None = await lifecycle.budgets(alone, claim)
             if spent is None:
                 return False
@@ -267,11 +267,6 @@ class Keeper:
         if settled.ended is not None:
             await publisher.announce_end(self._broker, settled.ended)
         return True
-
-    @contextlib.asynccontextmanager
-    async def _in_turn(self) -> AsyncIterator[Database]:
-        async with self._recorder.turn:
-            yield self._recorder.alone
 
     def _kill(self, slot: Slot, claim: Claim) -> None:
         if self._slots.order_death(slot.index, claim):
@@ -333,7 +328,7 @@ class Keeper:
         while not self._slots.stopping:
             busy = sum(slot.running is not None for slot in self._slots.all())
             try:
-                async with self._in_turn() as alone:
+                async with self._recorder.in_turn() as alone:
                     await lifecycle.announce(
                         alone, self._name, queues=self._settings.queues, slots=self._settings.concurrency, busy=busy
                     )
@@ -347,7 +342,7 @@ class Keeper:
     async def _leave(self) -> None:
         # Without an answer it counts as there for a while longer, and nothing depends on that.
         with contextlib.suppress(errors.DatabaseUnavailable):
-            async with self._in_turn() as alone:
+            async with self._recorder.in_turn() as alone:
                 await lifecycle.leave(alone, self._name)
 
     async def _serve_metrics(self) -> None:
@@ -380,7 +375,7 @@ class Keeper:
 
     async def _refuse(self, task_id: UUID, *, attempt: int, name: str, position: int) -> None:
         async def once() -> Settled | None:
-            async with self._in_turn() as alone:
+            async with self._recorder.in_turn() as alone:
                 return await lifecycle.refuse(alone, task_id, attempt=attempt, name=name, position=position)
 
         settled = await db.insist(once, what="a refusal")

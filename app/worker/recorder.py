@@ -11,11 +11,12 @@ that was superseded.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -174,7 +175,6 @@ class Recorder:
         spool: where children report.
         door: where their lines come from.
         lease_seconds: of a claim.
-        turn: held by who asks `alone` for anything but a claim.
     """
 
     db: Database
@@ -183,7 +183,7 @@ class Recorder:
     spool: Spool
     door: socket.socket
     lease_seconds: float
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _claiming: set[_Asked] = field(default_factory=set)
     _reported: dict[Place, _Reported] = field(default_factory=dict)
     _claims: Lane[_Asked] = field(init=False)
@@ -218,6 +218,12 @@ class Recorder:
         await self.broker.close()
         await self.alone.close()
         await self.db.close()
+
+    @contextlib.asynccontextmanager
+    async def in_turn(self) -> AsyncIterator[Database]:
+        """`alone`, for anything but a claim: one after the other, so that claims find a connection."""
+        async with self._turn:
+            yield self.alone
 
     def look(self) -> None:
         """Take what is in the spool and was not heard of: a keeper that has died may have."""
@@ -353,8 +359,8 @@ class Recorder:
 
         async def once() -> Settled | None:
             try:
-                async with self.turn:
-                    [settled] = await lifecycle.settle_all(self.alone, [done])
+                async with self.in_turn() as alone:
+                    [settled] = await lifecycle.settle_all(alone, [done])
             except errors.StatementRefused as refused:
                 if refused.of_data:
                     raise
@@ -409,8 +415,8 @@ class Recorder:
         while again:
             self._rooms[queue, key] = False
             try:
-                async with self.turn:
-                    await publisher.let_go(self.alone, self.broker, queue, key)
+                async with self.in_turn() as alone:
+                    await publisher.let_go(alone, self.broker, queue, key)
             except Exception:
                 log.exception("nobody was let go in %s; a relay looks again", queue)
             again = self._rooms[queue, key]

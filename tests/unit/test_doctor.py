@@ -6,6 +6,7 @@ from pydantic import SecretStr
 
 from app import doctor, keys
 from app.utils.sealing import Seal
+from app.worker import keeper
 from tests.conftest import settings_for
 
 POSTGRES = {
@@ -144,3 +145,7 @@ def test_a_secret_that_keys_still_need_is_named() -> None:
     rotating = GUARDED.model_copy(update={"secret_keys": (SecretStr("n" * 32), *GUARDED.secret_keys)})
     [found] = doctor.judge_keys(rotating, [a_key()])
     assert (found.level, "older TASKQUEUE_SECRET_KEY" in found.sentence) == ("ok", True)
+
+
+def test_a_keeper_has_as_many_connections_as_it_opens() -> None:
+    assert doctor.CONNECTIONS_OF_ONE["keeper"] == keeper.CONNECTIONS

@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from uuid import UUID
 
 import psutil
 import pytest
@@ -68,47 +69,47 @@ def test_a_task_that_outlives_the_grace_runs_elsewhere_within_seconds_at_no_cost
     assert "lost" not in worker.log.read_text()
 
 
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_a_task_of_a_worker_that_stops_at_once_is_handed_back(
-    running: Service, worker: Process, whole_group: bool
-) -> None:
+def handed_back(running: Service, worker: Process, stop: Callable[[UUID], None]) -> None:
+    """Stop a worker in some way while it runs a task, and see that another one ends that task at no cost."""
     task_id = running.submit("sample.sleep", 4.0)
     running.reaches(task_id, "STARTED")
     successor = running.start("worker")
     try:
+        stop(task_id)
+        worker.wait(8)
+        view = running.ends(task_id)
+    finally:
+        successor.stop()
+
+    assert outcome(view) == ("SUCCESS", None, 2)
+    assert spent(running, task_id) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_task_of_a_worker_that_stops_at_once_is_handed_back(
+    running: Service, worker: Process, whole_group: bool
+) -> None:
+    def stop(_: UUID) -> None:
         if whole_group:
             # As where a process manager tells every process of a unit by itself.
             os.killpg(worker.pid, signal.SIGTERM)
         else:
             worker.signal(signal.SIGQUIT)
-        worker.wait(8)
-        view = running.ends(task_id)
-    finally:
-        successor.stop()
 
-    assert outcome(view) == ("SUCCESS", None, 2)
-    assert spent(running, task_id) == [0, 0, 0]
+    handed_back(running, worker, stop)
 
 
 def test_a_task_of_a_worker_that_hears_of_its_stop_later_than_its_children_is_handed_back(
     running: Service, worker: Process
 ) -> None:
-    task_id = running.submit("sample.sleep", 4.0)
-    running.reaches(task_id, "STARTED")
-    successor = running.start("worker")
-    try:
+    def stop(task_id: UUID) -> None:
         worker.signal(signal.SIGSTOP)
         running.child_of(task_id).send_signal(signal.SIGTERM)
         lasting(0.5)
         worker.signal(signal.SIGTERM)
         worker.signal(signal.SIGCONT)
-        worker.wait(8)
-        view = running.ends(task_id)
-    finally:
-        successor.stop()
 
-    assert outcome(view) == ("SUCCESS", None, 2)
-    assert spent(running, task_id) == [0, 0, 0]
+    handed_back(running, worker, stop)
 
 
 def test_a_killed_worker_s_tasks_run_again_without_waiting_for_their_lease(running: Service) -> None:
